@@ -1,0 +1,48 @@
+"""Frozen, strict configuration: what a model, a run and a comparison are."""
+
+from swinmoe.config.model import STYLES, ModelConfig, StyleConfig, resolve_style
+from swinmoe.config.moe import (
+    BalanceLossConfig,
+    CapacityConfig,
+    CapacityPolicy,
+    ExpertConfig,
+    MoEConfig,
+    RouterConfig,
+)
+from swinmoe.config.run import (
+    AugmentConfig,
+    CheckpointConfig,
+    CompareConfig,
+    DataConfig,
+    LogConfig,
+    MixupConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "STYLES",
+    "AugmentConfig",
+    "BalanceLossConfig",
+    "CapacityConfig",
+    "CapacityPolicy",
+    "CheckpointConfig",
+    "CompareConfig",
+    "DataConfig",
+    "ExpertConfig",
+    "LogConfig",
+    "MixupConfig",
+    "ModelConfig",
+    "MoEConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "RouterConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "StyleConfig",
+    "TrainConfig",
+    "resolve_style",
+]

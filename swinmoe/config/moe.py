@@ -1,0 +1,152 @@
+"""What an expert layer is: experts, router, capacity, losses. Placement in a backbone is `ModelConfig.moe_blocks`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from swinmoe.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How tokens score experts.
+
+    `noise` is the standard deviation of Gaussian gate noise *times E*: training logits get N(0, 1)·noise/E (V-MoE,
+    Riquelme et al. 2021, §2; Swin-MoE uses 1.0). `normalize_gates` divides the K chosen gates by their sum.
+    `bias_update_rate` > 0 turns on loss-free balancing (Wang et al. 2024): an expert bias enters the choice, never the
+    gate, and moves by that rate against the sign of the load error once per optimiser step.
+    """
+
+    type: str = "linear"
+    """`linear`, `cosine` (Chi et al. 2022, as in Swin-MoE), or a name registered with `register_router`."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalize_gates: bool = False
+    noise: float = 0.0
+    batch_prioritized: bool = False
+    """Batch-prioritised routing (V-MoE §4): slots go to tokens in order of their highest gate."""
+    bias_update_rate: float = 0.0
+    fp32: bool = True
+    """Run the gate in float32 (or wider), under autocast too."""
+    proj_dim: int = 256
+    """Cosine router only: width of the space in which similarity is measured."""
+    init_temperature: float = 0.5
+    """Cosine router only: initial softmax temperature."""
+
+    def __post_init__(self) -> None:
+        if self.noise < 0:
+            raise ConfigError(f"moe.router.noise={self.noise} is negative; use 0 for none or 1.0 as Swin-MoE does")
+        if self.bias_update_rate < 0:
+            raise ConfigError(f"moe.router.bias_update_rate={self.bias_update_rate} is negative; use 0 for none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityPolicy:
+    """How many slots an expert has per source rank; C = max(min_slots, k·int(factor·ceil(T/E))) (Tutel's rounding).
+
+    `fixed`: C always. `bounded`: as many as needed, at most C. `dropless`: as many as needed.
+    """
+
+    kind: Literal["fixed", "bounded", "dropless"] = "dropless"
+    factor: float = 1.25
+    min_slots: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind != "dropless" and self.factor <= 0:
+            raise ConfigError(
+                f"capacity factor {self.factor} must be positive for kind={self.kind!r}; "
+                "for no limit use kind='dropless'"
+            )
+        if self.min_slots < 0:
+            raise ConfigError(f"capacity min_slots={self.min_slots} is negative; use 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityConfig:
+    """Capacity while training and while evaluating."""
+
+    train: CapacityPolicy = field(default_factory=CapacityPolicy)
+    eval: CapacityPolicy = field(default_factory=CapacityPolicy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceLossConfig:
+    """Weight of every auxiliary loss (0 = not computed). See `swinmoe.moe.losses` for the formulas."""
+
+    gshard: float = 0.0
+    """GShard/Switch loss: E·Σ_e mean(p_e)·mean(1[top-1 = e])."""
+    importance: float = 0.0
+    load: float = 0.0
+    importance_load: float = 0.0
+    """(importance + load)/2, logits on both sides of the load estimate (V-MoE appendix A)."""
+    importance_load_tutel: float = 0.0
+    """The literal Tutel form, which compares a probability with a logit; for reproducing Swin-MoE only."""
+    z: float = 0.0
+    """Router z-loss (ST-MoE, Zoph et al. 2022, eq. 5)."""
+    over_layers: Literal["sum", "mean"] = "sum"
+    """Swin-MoE sums the layers' losses."""
+    batch: Literal["local", "global"] = "global"
+    """Balance within each rank's batch, or within the global batch (same result for any number of processes)."""
+
+    def __post_init__(self) -> None:
+        for name in ("gshard", "importance", "load", "importance_load", "importance_load_tutel", "z"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"moe.losses.{name}={getattr(self, name)} is negative; a loss weight is 0 or more")
+
+    @property
+    def needs_noise(self) -> bool:
+        """True if a chosen loss estimates load through the gate noise (and so needs `router.noise` > 0)."""
+        return self.load > 0 or self.importance_load > 0 or self.importance_load_tutel > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertConfig:
+    """What one expert computes."""
+
+    type: str = "gelu"
+    """`gelu`, `swiglu`, or a name registered with `register_expert`."""
+    hidden_ratio: float | None = None
+    """Hidden width of an expert over that of the dense MLP it replaces; None = 1. Below 1: fine-grained experts."""
+    dropout: float = 0.0
+    """After the activation, inside the expert (Swin-MoE: 0.1)."""
+    fc1_bias: bool = True
+    fc2_bias: Literal["learned", "frozen-zero", "none"] = "learned"
+    """`frozen-zero`: a parameter held at 0, as in Microsoft's Swin-MoE checkpoints."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"moe.experts.dropout={self.dropout} must be in [0, 1)")
+        if self.hidden_ratio is not None and self.hidden_ratio <= 0:
+            raise ConfigError(f"moe.experts.hidden_ratio={self.hidden_ratio} must be positive, or null for 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """A top-k gated expert layer that stands where an MLP stood. Experts are counted globally, never per device."""
+
+    num_experts: int = 8
+    top_k: int = 1
+    router: RouterConfig = field(default_factory=RouterConfig)
+    capacity: CapacityConfig = field(default_factory=CapacityConfig)
+    losses: BalanceLossConfig = field(default_factory=lambda: BalanceLossConfig(gshard=0.01))
+    experts: ExpertConfig = field(default_factory=ExpertConfig)
+    shared_expert_ratio: float = 0.0
+    """Hidden width, over the dense MLP's, of one more expert that every token visits (0 = none)."""
+    dispatcher: str = "ragged"
+    """`ragged` (no padding), `padded` (static shapes), or a name registered with `register_dispatcher`."""
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 1:
+            raise ConfigError(f"moe.num_experts={self.num_experts} must be at least 1; for a dense model use moe: null")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ConfigError(
+                f"moe.top_k={self.top_k} is not possible with moe.num_experts={self.num_experts}; "
+                f"use 1 to {self.num_experts}"
+            )
+        if self.losses.needs_noise and self.router.noise == 0:
+            raise ConfigError(
+                "the load loss estimates load through the gate noise, but moe.router.noise=0; set "
+                "moe.router.noise to 1.0 (Swin-MoE) or use moe.losses.gshard or moe.losses.importance instead"
+            )
+        if self.shared_expert_ratio < 0:
+            raise ConfigError(f"moe.shared_expert_ratio={self.shared_expert_ratio} is negative; use 0 for none")

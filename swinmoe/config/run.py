@@ -1,0 +1,202 @@
+"""What a run is: data, optimisation, schedule, parallelism, checkpoints, and the arms of a comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from swinmoe.config.model import ModelConfig, Pair
+from swinmoe.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Per-image augmentation; every draw depends on (seed, epoch, sample index) only."""
+
+    crop_padding: int = 0
+    """Pad by so many pixels and crop back at random (small images)."""
+    random_resized_crop: tuple[float, float] | None = None
+    """Area range of a random resized crop, e.g. (0.08, 1.0) on ImageNet; None = none."""
+    horizontal_flip: float = 0.0
+    rand_augment: str | None = None
+    """timm's RandAugment string, e.g. `rand-m9-mstd0.5-inc1`."""
+    color_jitter: float = 0.0
+    """Used where rand_augment is not set."""
+    random_erasing: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixupConfig:
+    """Mixup and CutMix on batches (timm's)."""
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    prob: float = 1.0
+    switch_prob: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images."""
+
+    name: Literal["digits", "fashion_mnist", "folder", "synthetic"] = "digits"
+    root: str | None = None
+    """Folder of `fashion_mnist` and `folder`; None = the usual places, which an error lists."""
+    image_size: Pair = (32, 32)
+    holdout: int = 0
+    """So many training images, drawn by `holdout_seed`, are kept out of training and evaluated instead of the test set."""
+    holdout_seed: int = 0
+    limit: int | None = None
+    """Use only the first so many training and evaluation images (debugging)."""
+    download: bool = False
+    """`fashion_mnist`: let torchvision download it if it is found nowhere."""
+    synthetic_samples: int = 512
+    synthetic_classes: int = 10
+    channels: int | None = None
+    """1 or 3; None = as the data set has them."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    mixup: MixupConfig = field(default_factory=MixupConfig)
+    workers: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with the no-decay set of the Swin papers."""
+
+    base_lr: float = 1e-3
+    lr_batch: int = 0
+    """Linear scaling: the peak rate is base_lr·(global batch/lr_batch), warm-up and minimum likewise; 0 = no scaling."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    clip_grad_norm: float | None = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Linear warm-up, then cosine down to `min_lr`."""
+
+    warmup_epochs: float = 0.0
+    warmup_steps: int | None = None
+    """Overrides warmup_epochs."""
+    warmup_lr: float = 0.0
+    min_lr: float = 0.0
+    warmup_prefix: bool = True
+    """True: the cosine begins after the warm-up (Microsoft's Swin-MoE); False: it runs under it from step 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length and manner of training. Batches are counted globally, over all ranks and micro-batches."""
+
+    epochs: float | None = 1
+    steps: int | None = None
+    """Optimiser steps; overrides epochs."""
+    batch_size: int = 64
+    """Images per optimiser step, over all processes and accumulation steps."""
+    eval_batch_size: int = 256
+    accumulation: int = 1
+    label_smoothing: float = 0.0
+    ema_decay: float | None = None
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    eval_every_epochs: float | None = 1
+    """None = at the end only."""
+    dead_expert_window: int = 100
+    """An expert that got no token over so many steps is called dead."""
+
+    def __post_init__(self) -> None:
+        if self.epochs is None and self.steps is None:
+            raise ConfigError("train.epochs and train.steps are both null; give one of them")
+        if self.batch_size < 1 or self.accumulation < 1 or self.batch_size % self.accumulation:
+            raise ConfigError(
+                f"train.batch_size={self.batch_size} cannot be split into train.accumulation={self.accumulation} "
+                "micro-batches; use a divisor"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How ranks share the work. `ep_size` ranks share one set of experts; the rest are data-parallel replicas."""
+
+    ep_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.ep_size < 1:
+            raise ConfigError(f"parallel.ep_size={self.ep_size} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int = 0
+    """0 = at epochs only."""
+    every_epochs: int = 1
+    keep_last: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    every_steps: int = 10
+    tensorboard: bool = False
+    peak_flops: float | None = None
+    """The machine's peak FLOP/s for the log's MFU; None = measured by a matrix product at start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """`swinmoe train`: one model, one job."""
+
+    name: str = "run"
+    seed: int = 0
+    output_dir: str = "runs"
+    """Records, checkpoints and reports go to `output_dir/name`."""
+    resume: str = "never"
+    """`never` (a used folder is an error), `auto` (newest complete checkpoint, or a fresh start), or a checkpoint's path."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        moe = self.model.moe
+        if moe is not None and moe.num_experts % self.parallel.ep_size:
+            allowed = [n for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0]
+            raise ConfigError(
+                f"parallel.ep_size={self.parallel.ep_size} does not divide model.moe.num_experts={moe.num_experts}; "
+                f"use one of {allowed}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """`swinmoe compare`: twins trained side by side. Each arm is the base run with its own overrides."""
+
+    name: str = "compare"
+    output_dir: str = "runs"
+    resume: str = "never"
+    seeds: tuple[int, ...] = (0,)
+    match: Literal["steps", "flops", "active_params", "seconds"] = "steps"
+    budget_seconds: float | None = None
+    """match = seconds: accumulated step time per arm."""
+    reference: str | None = None
+    """The arm whose length sets the FLOP budget (match = flops) and against which others are paired; None = the first."""
+    order: Literal["lockstep", "sequential"] = "lockstep"
+    base: dict[str, Any] = field(default_factory=dict)
+    """Keys of a run."""
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name -> overrides of the base run's keys, e.g. {dense: {model: {moe: null}}, sparse: {}}."""
+    sample_images: int = 12
+    """Test images shown in the report with their patches coloured by expert."""
+
+    def __post_init__(self) -> None:
+        if not self.arms:
+            raise ConfigError("compare needs at least one arm; e.g. arms: {dense: {model: {moe: null}}, sparse: {}}")
+        if not self.seeds:
+            raise ConfigError("compare.seeds is empty; give at least one seed")
+        if self.reference is not None and self.reference not in self.arms:
+            raise ConfigError(f"compare.reference={self.reference!r} is not an arm; use one of {list(self.arms)}")
+        if self.match == "seconds" and not self.budget_seconds:
+            raise ConfigError("match: seconds needs budget_seconds, the accumulated step time each arm may use")

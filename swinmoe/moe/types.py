@@ -1,0 +1,134 @@
+"""The vocabulary of the sparse house: frozen values that the rooms of `swinmoe.moe` hand to each other.
+
+Shapes: T tokens on this rank, D width, E experts counted globally, e experts held here, K choices per token,
+C capacity (slots per expert per source rank), F hidden width, N kept (token, choice) rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+from torch.utils._pytree import register_dataclass
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router decided, before any capacity is applied."""
+
+    expert_ids: Tensor
+    """(T, K) int64, best choice first."""
+    gates: Tensor
+    """(T, K) combine weights of the choices, differentiable, normalised if the config says so."""
+    logits: Tensor
+    """(T, E) scores before noise and bias, in the gate's dtype (float32 or wider)."""
+    noisy_logits: Tensor
+    """(T, E) logits + noise; `logits` itself where there is no noise."""
+    probs: Tensor
+    """(T, E) softmax or sigmoid of the noisy logits, the source of `gates`."""
+    noise_std: float
+    """Standard deviation of the noise added (0.0 in evaluation)."""
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """Which row goes where. Kept rows are sorted by (expert, slot): the ragged layout's order."""
+
+    row_token: Tensor
+    """(N,) int64 token of each kept row."""
+    row_choice: Tensor
+    """(N,) int64 choice (0..K-1) of each kept row."""
+    slot: Tensor
+    """(T, K) int64 place of each choice in its expert's queue, counted before capacity cuts."""
+    kept: Tensor
+    """(T, K) bool: slot < capacity."""
+    counts: Tensor
+    """(E,) int64 rows kept per expert."""
+    routed: Tensor
+    """(E,) int64 choices per expert before drops."""
+    slots: int | None
+    """Capacity in force (padded layout: rows per expert); None = not cut and not padded."""
+
+
+@dataclass(frozen=True)
+class RoutingStats:
+    """What one expert layer reports of one forward pass. Sums, not means, so that micro-batches and ranks add up."""
+
+    routed: Tensor
+    """(E,) int64 choices per expert before drops."""
+    kept: Tensor
+    """(E,) int64 choices per expert after drops."""
+    tokens: Tensor
+    """() int64 tokens seen."""
+    entropy_sum: Tensor
+    """() float32, detached: sum over tokens of the entropy (nats) of their normalised expert probabilities."""
+    losses: dict[str, Tensor]
+    """Each computed auxiliary loss, unweighted, detached."""
+    loss: Tensor
+    """() weighted sum of the losses, differentiable."""
+    expert_ids: Tensor
+    """(T, K) int64, -1 where the choice was dropped."""
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """Rows on their way to experts: ragged (N, D) sorted by global expert, or padded (E, C, D)."""
+
+    rows: Tensor
+    counts: Tensor
+    """(E,) int64 rows per global expert (padded layout: those that carry a token)."""
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Stacked expert weights, any number of experts and any slice of the hidden width. Matrices lie as in `nn.Linear`."""
+
+    fc1: Tensor
+    """(e, F, D); SwiGLU (e, 2F, D) with value and gate rows interleaved, so that any slice of F is contiguous."""
+    b1: Tensor | None
+    """(e, F) or (e, 2F)."""
+    fc2: Tensor
+    """(e, D, F)."""
+    b2: Tensor | None
+    """(e, D); None except on slice 0 of F."""
+
+
+ExpertFn = Callable[[Tensor, "Tensor | None", ExpertWeights], Tensor]
+"""(rows, segments, weights) -> rows. Ragged: rows (N, D) ordered (source, local expert) and segments (S, e) int64 on the
+host; padded: rows (e, n, D) and None. Pure; additive over slices of F; any e >= 1 and any empty segment; every weight
+takes part in the graph whatever the counts are, so that all ranks build the same graph and get every gradient."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """Metadata of one exchange, free of gradients."""
+
+    matrix: Tensor | None
+    """(W, E) int64 on the host: rows that each rank of the group sends to each expert; None in the padded layout."""
+    slots: int | None
+    """Padded layout: rows per expert and source, agreed between ranks."""
+
+
+class ExpertExecution(Protocol):
+    """The one seam: how rows meet experts. `LocalExecution` lives in `moe`; `parallel` supplies the rest.
+
+    It owns no parameters, so a checkpoint never depends on it.
+    """
+
+    def prepare(self, counts: Tensor, slots: int | None) -> Route:
+        """All metadata traffic: at most one collective and one host copy. Never recomputed."""
+        ...
+
+    def run(self, x: ExpertRows, route: Route, w: ExpertWeights, fn: ExpertFn) -> Tensor:
+        """Expert outputs in the order and shape of `x.rows`; data collectives only."""
+        ...
+
+    def reduce(self, stats: Tensor) -> Tensor:
+        """Sum of `stats` over the ranks that share a batch; its backward is the identity (gradients are summed later)."""
+        ...
+
+
+for _kind in (RoutingStats,):
+    register_dataclass(_kind)

@@ -1,0 +1,5 @@
+"""Append-only run records: the only thing that reports read."""
+
+from swinmoe.records.record import RECORD_KINDS, RunRecord, read_records
+
+__all__ = ["RECORD_KINDS", "RunRecord", "read_records"]

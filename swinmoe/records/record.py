@@ -1,0 +1,105 @@
+"""An append-only JSONL file in which a run writes down what happened, and its reader.
+
+Every line is one JSON object with a `kind`:
+
+| kind | keys beside `kind` |
+|---|---|
+| `run` | command, name, config (resolved), environment (versions, machine, commit), time |
+| `arm` | arm, seed, params_total, params_active, flops_per_image (forward), train_flops_per_image, moe_layers (names), num_experts, top_k, steps (planned), config |
+| `step` | arm, seed, step (1-based, optimiser steps), epoch, lr, loss, aux_loss, accuracy, grad_norm, images, flops, seconds (all three cumulative), images_per_second, data_wait, mfu, peak_memory_bytes, routing |
+| `eval` | arm, seed, step, epoch, split, weights (`model` or `ema`), loss, accuracy, count, images, flops, seconds, routing |
+| `samples` | arm, seed, step, layer, class_names, images: list of {index, label, prediction, png (base64), experts (grid of expert ids, -1 dropped)} |
+| `class_expert` | arm, seed, step, layer, class_names, table (classes x experts, token counts) |
+| `final` | arm, seed, step, loss, accuracy, reason (why the arm stopped) |
+| `superseded` | arm, seed, after_step: earlier lines of that arm and seed with a larger step count no more |
+| `note` | text |
+
+`routing` maps a layer's name to {routed, kept (lists over experts), drop_fraction, token_entropy, load_entropy,
+max_over_mean, dead_experts, losses}. Non-finite numbers are written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from swinmoe.errors import CheckpointError
+
+RECORD_KINDS = ("run", "arm", "step", "eval", "samples", "class_expert", "final", "superseded", "note")
+Line = dict[str, Any]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+class RunRecord:
+    """Writes one JSONL file, line by line, each flushed; a line cut off by a kill is repaired on reopening.
+
+    Only the main process writes; on others construct it with `path=None`, and `write` does nothing.
+    """
+
+    def __init__(self, path: Path | str | None) -> None:
+        self.path = Path(path) if path is not None else None
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _cut_partial_line(self.path)
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Append one record of a known kind."""
+        if kind not in RECORD_KINDS:
+            raise ValueError(f"record kind {kind!r} is not one of {RECORD_KINDS}")
+        if self.path is None:
+            return
+        line = json.dumps({"kind": kind, **_finite(values)}, separators=(",", ":"))
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+
+
+def _cut_partial_line(path: Path) -> None:
+    """Drop the tail after the last newline: a process killed while writing leaves half a line there."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        path.write_bytes(data[: data.rfind(b"\n") + 1])
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    with path.open() as file:
+        for number, text in enumerate(file, start=1):
+            if not text.endswith("\n"):
+                return  # still being written, or cut off by a kill
+            try:
+                yield json.loads(text)
+            except json.JSONDecodeError as error:
+                raise CheckpointError(f"{path}: line {number} is not JSON ({error.msg}); the records file is damaged") from error
+
+
+def read_records(path: Path | str) -> list[Line]:
+    """All lines that still count, in order: those made obsolete by a later `superseded` line are left out."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no records at {str(path)!r}; a run writes records.jsonl into its output folder")
+    return drop_superseded(_lines(path))
+
+
+def drop_superseded(lines: Iterable[Line]) -> list[Line]:
+    """`lines` without those that a later `superseded` record withdraws, and without those records themselves."""
+    kept: list[Line] = []
+    for line in lines:
+        if line["kind"] == "superseded":
+            owner, limit = (line.get("arm"), line.get("seed")), line["after_step"]
+            kept = [k for k in kept if (k.get("arm"), k.get("seed")) != owner or k.get("step", 0) <= limit]
+        else:
+            kept.append(line)
+    return kept
