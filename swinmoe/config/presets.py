@@ -60,7 +60,7 @@ def _v2(size: str, side: int, window: int, drop_path: float) -> Values:
 
 
 def _swin_moe(size: str, drop_path: float, moe: Values | None) -> Values:
-    """Microsoft's hybrid at 192 px on ImageNet-22K; its sparse models start from a smaller scale than its dense ones."""
+    """Microsoft's hybrid at 192 px on ImageNet-22K; sparse models start from a smaller scale than the dense ones."""
     values = {**_v1(size, 192, 12, drop_path), "style": "swin_moe", "num_classes": 21841, "mlp_fc2_bias": False}
     if moe is None:
         return values
@@ -69,7 +69,7 @@ def _swin_moe(size: str, drop_path: float, moe: Values | None) -> Values:
 
 
 def _experts(num_experts: int, top_k: int = 1, router: str = "linear") -> Values:
-    """Swin-MoE's expert layer, with the balance loss as V-MoE defines it; `configs/train` names Tutel's literal form."""
+    """Swin-MoE's expert layer, its balance loss as V-MoE defines it; `configs/train` names Tutel's literal form."""
     capacity = {"kind": "fixed", "factor": 1.25}
     return {
         "num_experts": num_experts,

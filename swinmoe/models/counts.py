@@ -1,0 +1,287 @@
+"""Parameters and FLOPs of a model in closed form, from its config alone: no module is built.
+
+Two conventions, never mixed:
+
+- `flops`: the matrix products of one forward pass, 2 per multiply-add, equal to torch's `FlopCounterMode` on the built
+  model with explicit attention. Everything elementwise (norms, softmax, GELU, gathering rows) is free, as there.
+- `table_flops`: what the papers print, equal to the `flops()` methods of microsoft/Swin-Transformer: 1 per
+  multiply-add, norms counted, position-bias networks and routers not, experts times their capacity factor.
+
+Legend: H, W map size; T = H·W tokens; M tokens of a window; D width; F hidden width; h heads; E experts; K choices per
+token; P width of a cosine router's space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from math import ceil, prod
+
+from swinmoe.config import CapacityPolicy, ModelConfig, MoEConfig, StyleConfig, resolve_style
+from swinmoe.errors import ConfigError
+
+CPB_HIDDEN = 512
+"""Hidden width of the log-CPB network (V2 §3.3)."""
+
+
+@dataclass(frozen=True)
+class PartCounts:
+    """One kind of component, summed over the model."""
+
+    params: int = 0
+    """Elements of all its parameters."""
+    active: int = 0
+    """Of these, the parameters that take part in computing one token."""
+    flops: int = 0
+    """Of one image's forward pass, 2 per multiply-add."""
+    table_flops: float = 0.0
+    """The papers' convention, 1 per multiply-add."""
+    frozen: int = 0
+    """Parameters that no training moves (the frozen-zero biases of Swin-MoE's experts)."""
+    leaf_flops: int = 0
+    """Of `flops`, products with something that needs no gradient (pixels, coordinates): their backward costs half."""
+
+    def __add__(self, other: PartCounts) -> PartCounts:
+        return PartCounts(
+            params=self.params + other.params,
+            active=self.active + other.active,
+            flops=self.flops + other.flops,
+            table_flops=self.table_flops + other.table_flops,
+            frozen=self.frozen + other.frozen,
+            leaf_flops=self.leaf_flops + other.leaf_flops,
+        )
+
+
+@dataclass(frozen=True)
+class ModelCounts:
+    """Sizes and costs of one model at its config's image size."""
+
+    total: int
+    """Parameters, `sum(p.numel())` of the built model, with frozen ones."""
+    active: int
+    """Parameters that one token meets: everything but the E - K experts it does not visit; routers and shared in."""
+    trainable: int
+    """`total` without frozen parameters: what Microsoft's scripts print."""
+    flops: int
+    """Forward pass of one image alone, 2 per multiply-add, every choice of every token computed (dropless)."""
+    table_flops: float
+    """The papers' figure: multiply-adds of one image; fixed capacity counts its slots, filled or not."""
+    train_flops: int
+    """Forward and backward of one more image in a batch, 2 per multiply-add, without recomputation. Three times the
+    forward, less the gradient by pixels, which nobody needs; what a batch pays once is in `batch_train_flops`."""
+    batch_flops: int
+    """Of `flops`, what a batch pays once however large it is: the position-bias networks."""
+    batch_train_flops: int
+    """The same, forward and backward."""
+    by_part: dict[str, PartCounts] = field(default_factory=dict)
+    """Patch embedding, attention, position bias, MLPs, routers, experts, merging, norms, head; sums to the totals."""
+
+    def step_flops(self, images: int, micro_batches: int = 1) -> int:
+        """Exact forward and backward cost of an optimiser step over `images`, split into `micro_batches`."""
+        return images * self.train_flops + micro_batches * self.batch_train_flops
+
+
+@dataclass(frozen=True)
+class StageGrid:
+    """One stage's map and how windows lie on it."""
+
+    height: int
+    width: int
+    window: tuple[int, int]
+
+    @property
+    def tokens(self) -> int:
+        return self.height * self.width
+
+    @property
+    def padded(self) -> int:
+        """Tokens of the map padded to whole windows."""
+        return prod(ceil(side / win) * win for side, win in zip((self.height, self.width), self.window, strict=True))
+
+    @property
+    def merged(self) -> tuple[int, int]:
+        """Map size after patch merging, odd sides padded."""
+        return ceil(self.height / 2), ceil(self.width / 2)
+
+
+def stage_grids(config: ModelConfig) -> list[StageGrid]:
+    """Map and window of each stage at `config.img_size`; images and odd maps are padded, windows shrunk by its rule."""
+    height, width = (ceil(side / patch) for side, patch in zip(config.img_size, config.patch_size, strict=True))
+    grids = []
+    for _ in config.depths:
+        grid = StageGrid(height, width, _window(config, height, width))
+        grids.append(grid)
+        height, width = grid.merged
+    return grids
+
+
+def _window(config: ModelConfig, height: int, width: int) -> tuple[int, int]:
+    """The window in force on a map: Microsoft's shrinking takes the smaller side for both axes of square windows."""
+    rows, cols = config.window_size
+    if config.small_map == "pad":
+        return rows, cols
+    if rows == cols:
+        side = min(rows, height, width)
+        return side, side
+    return min(rows, height), min(cols, width)
+
+
+def count(config: ModelConfig) -> ModelCounts:
+    """Parameters and FLOPs of the model that `config` describes.
+
+    Raises:
+        ConfigError: the config names a router or an expert from outside, of which no closed form is known here.
+    """
+    parts: dict[str, PartCounts] = {}
+    for name, part in _parts(config):
+        parts[name] = parts.get(name, PartCounts()) + part
+    whole = sum(parts.values(), PartCounts())
+    shared = parts.get("position_bias", PartCounts())
+    return ModelCounts(
+        total=whole.params,
+        active=whole.active,
+        trainable=whole.params - whole.frozen,
+        flops=whole.flops,
+        table_flops=whole.table_flops,
+        train_flops=_train_flops(whole) - _train_flops(shared),
+        batch_flops=shared.flops,
+        batch_train_flops=_train_flops(shared),
+        by_part=parts,
+    )
+
+
+def _train_flops(part: PartCounts) -> int:
+    """Backward multiplies twice per forward product, once for each factor; a leaf without gradient saves one."""
+    return 3 * part.flops - part.leaf_flops
+
+
+def _dense(params: int, flops: int = 0, table: float = 0.0, *, leaf: int = 0) -> PartCounts:
+    """A part whose every parameter meets every token."""
+    return PartCounts(params, params, flops, table, leaf_flops=leaf)
+
+
+def _parts(config: ModelConfig) -> Iterator[tuple[str, PartCounts]]:
+    """(kind, counts) of every component, one by one."""
+    style = resolve_style(config.style)
+    grids = stage_grids(config)
+    yield from _embedding(config, grids[0])
+    for stage, (grid, depth) in enumerate(zip(grids, config.depths, strict=True)):
+        dim = config.embed_dim * 2**stage
+        sparse = config.moe_blocks[stage] if config.moe is not None and config.moe_blocks else ()
+        for block in range(depth):
+            yield from _attention(config, style, grid, dim, config.num_heads[stage])
+            yield "norms", _dense(2 * 2 * dim, table=2 * dim * grid.tokens)
+            if config.extra_norm_every and (block + 1) % config.extra_norm_every == 0:
+                yield "norms", _dense(2 * dim, table=dim * grid.tokens)
+            if config.moe is not None and block in sparse:
+                yield from _moe(config.moe, grid.tokens, dim, int(dim * config.mlp_ratio))
+            else:
+                yield "mlp", _mlp(grid.tokens, dim, int(dim * config.mlp_ratio), fc2_bias=config.mlp_fc2_bias)
+        if stage + 1 < len(grids):
+            yield from _merging(style, grid, dim)
+    dim = config.embed_dim * 2 ** (len(grids) - 1)
+    # Microsoft's methods count the last norm on the first map divided by 2^stages; kept, so that digits agree
+    yield "norms", _dense(2 * dim, table=dim * grids[0].tokens // 2 ** len(grids))
+    if config.num_classes:
+        products = dim * config.num_classes
+        yield "head", _dense(products + config.num_classes, 2 * products, products)
+
+
+def _embedding(config: ModelConfig, grid: StageGrid) -> Iterator[tuple[str, PartCounts]]:
+    dim = config.embed_dim
+    matrix = dim * config.in_chans * prod(config.patch_size)
+    products = matrix * grid.tokens
+    yield "patch_embed", _dense(matrix + dim, 2 * products, products, leaf=2 * products)
+    if config.patch_norm:
+        yield "norms", _dense(2 * dim, table=dim * grid.tokens)
+    if config.absolute_pos_embed:
+        yield "patch_embed", _dense(grid.tokens * dim)
+
+
+def _attention(
+    config: ModelConfig, style: StyleConfig, grid: StageGrid, dim: int, heads: int
+) -> Iterator[tuple[str, PartCounts]]:
+    inside = prod(grid.window)
+    # qkv and output projection 4D², scores and weighted values 2·M·D, for each token of the padded map
+    products = grid.padded * (4 * dim * dim + 2 * inside * dim)
+    # cosine similarity has no key bias (V2's code) and a learned scale per head
+    cosine = style.similarity == "cosine"
+    qkv_bias = (2 if cosine else 3) * dim if config.qkv_bias else 0
+    params = 4 * dim * dim + qkv_bias + dim + (heads if cosine else 0)
+    yield "attention", _dense(params, 2 * products, products)
+    offsets = prod(2 * side - 1 for side in grid.window)
+    if style.position_bias == "table":
+        yield "position_bias", _dense(offsets * heads)
+    else:
+        first, second = 2 * CPB_HIDDEN, CPB_HIDDEN * heads
+        cost = 2 * offsets * (first + second)
+        yield "position_bias", _dense(first + CPB_HIDDEN + second, cost, leaf=2 * offsets * first)
+
+
+def _merging(style: StyleConfig, grid: StageGrid, dim: int) -> Iterator[tuple[str, PartCounts]]:
+    tokens = prod(grid.merged)
+    products = tokens * 4 * dim * 2 * dim
+    yield "merging", _dense(8 * dim * dim, 2 * products, products)
+    if style.merge_norm == "before":
+        yield "norms", _dense(2 * 4 * dim, table=grid.tokens * dim)
+    else:
+        yield "norms", _dense(2 * 2 * dim, table=grid.tokens * dim // 2)
+
+
+def _mlp(
+    tokens: int, dim: int, hidden: int, *, fc2_bias: bool, fc1_bias: bool = True, swiglu: bool = False
+) -> PartCounts:
+    """One two-layer MLP, GELU or SwiGLU (whose first matrix is twice as tall), visited by every token."""
+    matrices = (3 if swiglu else 2) * dim * hidden
+    biases = ((2 if swiglu else 1) * hidden if fc1_bias else 0) + (dim if fc2_bias else 0)
+    return _dense(matrices + biases, 2 * matrices * tokens, matrices * tokens)
+
+
+def _moe(moe: MoEConfig, tokens: int, dim: int, hidden: int) -> Iterator[tuple[str, PartCounts]]:
+    yield "router", _router(moe, tokens, dim)
+    expert = _expert(moe, tokens, dim, hidden, ratio=moe.experts.hidden_ratio or 1.0)
+    frozen = dim if moe.experts.fc2_bias == "frozen-zero" else 0
+    yield (
+        "experts",
+        PartCounts(
+            params=moe.num_experts * expert.params,
+            active=moe.top_k * expert.params,
+            flops=moe.top_k * expert.flops,
+            table_flops=moe.top_k * _slots_per_token(moe.capacity.eval) * expert.table_flops,
+            frozen=moe.num_experts * frozen,
+        ),
+    )
+    if moe.shared_expert_ratio:
+        shared = _expert(moe, tokens, dim, hidden, ratio=moe.shared_expert_ratio)
+        yield "experts", replace(shared, frozen=frozen)
+
+
+def _expert(moe: MoEConfig, tokens: int, dim: int, hidden: int, *, ratio: float) -> PartCounts:
+    if moe.experts.type not in ("gelu", "swiglu"):
+        raise ConfigError(
+            f"count() has no closed form for moe.experts.type={moe.experts.type!r}; use 'gelu' or 'swiglu'"
+        )
+    return _mlp(
+        tokens,
+        dim,
+        int(hidden * ratio),
+        fc1_bias=moe.experts.fc1_bias,
+        fc2_bias=moe.experts.fc2_bias != "none",
+        swiglu=moe.experts.type == "swiglu",
+    )
+
+
+def _router(moe: MoEConfig, tokens: int, dim: int) -> PartCounts:
+    """Linear: D·E. Cosine: projection to P with bias, similarity P·E, one temperature. The papers count neither."""
+    experts, proj = moe.num_experts, moe.router.proj_dim
+    if moe.router.type == "linear":
+        return _dense(dim * experts, 2 * tokens * dim * experts)
+    if moe.router.type == "cosine":
+        matrices = dim * proj + proj * experts
+        return _dense(matrices + proj + 1, 2 * tokens * matrices)
+    raise ConfigError(f"count() has no closed form for moe.router.type={moe.router.type!r}; use 'linear' or 'cosine'")
+
+
+def _slots_per_token(policy: CapacityPolicy) -> float:
+    """Slots computed for each choice: fixed capacity computes them filled or not, the others only what is routed."""
+    return policy.factor if policy.kind == "fixed" else 1.0
