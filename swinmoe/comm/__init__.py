@@ -1,1 +1,6 @@
-""""""
+"""Differentiable collectives: tensors and a group go in, tensors come out; nothing here knows of models."""
+
+from swinmoe.comm.all_to_all import Pending, all_to_all_rows, start, wait
+from swinmoe.comm.reduce import all_reduce_sum
+
+__all__ = ["Pending", "all_reduce_sum", "all_to_all_rows", "start", "wait"]

@@ -1,0 +1,35 @@
+"""A sum over ranks for statistics that enter a loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from swinmoe.comm.all_to_all import Group
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def all_reduce_sum(x: Tensor, group: Group) -> Tensor:
+    """The sum of `x` (any shape and dtype, equal on all ranks) over `group`, differentiable; None = `x` itself.
+
+    The backward is the identity. Every rank computes the same loss L(S) from S = Σ_r s_r and holds the gradient
+    L'(S)·ds_r of its own share; gradients are *summed* over ranks later, which makes L'(S)·Σ_r ds_r. (The transpose of
+    the sum, another sum, would count the loss once per rank.)
+    """
+    return x if group is None else _SumOverRanks.apply(x, group)

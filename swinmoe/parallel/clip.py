@@ -1,0 +1,67 @@
+"""Clipping by the global norm, the same on every rank.
+
+The plain `torch.nn.utils.clip_grad_norm_` sees only this rank's experts; ranks then scale the dense gradients that they
+share by different factors, and their copies of the dense weights drift apart (Swin-MoE's released code does so).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from swinmoe.parallel.expert_parameter import is_expert_parameter
+from swinmoe.parallel.mesh import Mesh
+
+
+def _square_sum(gradients: list[Tensor], like: Tensor) -> Tensor:
+    """Σ g² over all gradients, () in `like`'s dtype; half-precision gradients are squared in float32."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        by_dtype[gradient.dtype].append(gradient)
+    total = torch.zeros_like(like)
+    for dtype, group in by_dtype.items():
+        norms = torch._foreach_norm(group, 2.0, dtype=torch.promote_types(dtype, torch.float32))
+        total += torch.stack(norms).to(total.dtype).square().sum()
+    return total
+
+
+@torch.no_grad()
+def clip_grad_norm(model_or_params: nn.Module | Iterable[Tensor], max_norm: float | None, mesh: Mesh) -> Tensor:
+    """Scale all gradients so that their global 2-norm is at most `max_norm`; a collective call, without a host sync.
+
+    Call it after dense gradients are summed over the world and expert gradients over replicas. Dense gradients count
+    once, and so does every expert, wherever it is. One sum over the world makes the norm the same number on all
+    ranks, bit by bit; so is a NaN or an infinity, and every rank can skip the step alike.
+
+    Args:
+        model_or_params: a model, or its parameters.
+        max_norm: the bound; None = measure only. Scaled by max_norm/(norm + 1e-6), as torch does.
+
+    Returns:
+        The norm before clipping, () in the widest dtype of the gradients, float32 at least.
+    """
+    parameters = model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params
+    with_grad = [p for p in parameters if p.grad is not None]
+    dense = [p.grad for p in with_grad if p.grad is not None and not is_expert_parameter(p)]
+    experts = [p.grad for p in with_grad if p.grad is not None and is_expert_parameter(p)]
+    dtype = torch.float32
+    for gradient in dense + experts:
+        dtype = torch.promote_types(dtype, gradient.dtype)
+    device = (dense + experts)[0].device if dense or experts else torch.device("cpu")
+    total = torch.zeros((), dtype=dtype, device=device)
+    if mesh.ep_size == 1:
+        total = _square_sum(dense + experts, total)  # every rank has the same gradients
+    else:
+        if mesh.rank == 0:
+            total = total + _square_sum(dense, total)
+        if mesh.replica == 0:
+            total = total + _square_sum(experts, total)
+        dist.all_reduce(total)
+    norm = total.sqrt()
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
+    return norm

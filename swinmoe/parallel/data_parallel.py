@@ -1,0 +1,116 @@
+"""Data parallelism by summing gradients: DDP's buckets and overlap, a sum in place of its mean.
+
+Each rank's loss is (sum over its own samples)/(number of samples on all ranks), so the sum of the ranks' gradients is
+the gradient of the global batch, whatever the ranks' shares are. Expert parameters stay out of DDP: the all-to-all has
+brought them the gradients of their whole expert group already, and only replicas are left to be summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from swinmoe.parallel.expert_parameter import expert_parameter_names, is_expert_parameter
+from swinmoe.parallel.mesh import Mesh
+
+Prepare = Callable[[nn.Module], nn.Module]
+BUCKET_BYTES = 32 * 2**20
+"""Small expert gradients share a message up to this size; a larger one travels alone, without a copy."""
+
+
+def wrap_data_parallel(model: nn.Module, mesh: Mesh, accelerator_prepare: Prepare | Any = None) -> nn.Module:
+    """`model` ready for training on all ranks: its dense gradients are summed over the world during the backward pass.
+
+    Args:
+        model: after `apply_expert_parallel`.
+        mesh: this rank's place.
+        accelerator_prepare: an Accelerator, or a function such as its `prepare_model`, which places the model on its
+            device and wraps it in DDP; it must not register a communication hook of its own nor broadcast
+            buffers. None = plain DDP.
+    """
+    prepare = getattr(accelerator_prepare, "prepare_model", accelerator_prepare)
+    if mesh.world == 1:
+        return model if prepare is None else prepare(model)
+    # DDP reads this attribute of the module it wraps, whoever wraps it.
+    model._ddp_params_and_buffers_to_ignore = sorted(expert_parameter_names(model))  # type: ignore[assignment]
+    if prepare is None:
+        wrapped: nn.Module = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    else:
+        wrapped = prepare(model)
+    assert isinstance(wrapped, DistributedDataParallel), f"{type(wrapped).__name__} is not DDP, on {mesh.world} ranks"
+    assert not wrapped.broadcast_buffers, "DDP would overwrite the buffers of all ranks by those of rank 0"
+    wrapped.register_comm_hook(mesh.world_group, _sum_bucket)
+    return wrapped
+
+
+def _sum_bucket(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP, or `model` itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def no_sync(model: nn.Module) -> AbstractContextManager[None]:
+    """Within it a backward pass only accumulates: for all micro-batches of a step but the last."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+@torch.no_grad()
+def sync_expert_gradients(model: nn.Module, mesh: Mesh) -> None:
+    """Sum expert gradients over replicas, in place, once per optimiser step after its last backward pass.
+
+    Missing gradients count as zeros, so that all ranks send the same messages.
+    """
+    if mesh.replica_group is None:
+        return
+    gradients = []
+    for parameter in model.parameters():
+        if is_expert_parameter(parameter) and parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+    flights = []
+    for bucket in _buckets(gradients):
+        alone = len(bucket) == 1 and bucket[0].is_contiguous()
+        flat = bucket[0] if alone else torch.cat([g.reshape(-1) for g in bucket])
+        flights.append((bucket, flat, alone, dist.all_reduce(flat, group=mesh.replica_group, async_op=True)))
+    for bucket, flat, alone, work in flights:
+        assert work is not None
+        work.wait()
+        if not alone:
+            for gradient, total in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(total.view_as(gradient))
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of one dtype of at most `BUCKET_BYTES`, in order; a tensor above that size alone."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.nbytes > BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+@torch.no_grad()
+def global_sum(tensor: Tensor, mesh: Mesh) -> Tensor:
+    """The sum of `tensor` over all ranks, without a gradient; a new tensor (`tensor` itself on one process)."""
+    if mesh.world == 1:
+        return tensor.detach()
+    total = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total

@@ -1,0 +1,82 @@
+"""From a launcher's environment to a process group, and back."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from swinmoe.errors import DistributedError
+
+TIMEOUT_MINUTES = 10.0
+"""A collective that takes longer fails. Long enough for one rank to evaluate or save while others wait."""
+
+
+def _launched(name: str, default: int) -> int:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isdecimal():
+        raise DistributedError(f"environment variable {name}={text!r} is not a number; launchers set it to 0 or more")
+    return int(text)
+
+
+def launched_world() -> int:
+    """Processes that the launcher started for this job; 1 without a launcher."""
+    return _launched("WORLD_SIZE", 1)
+
+
+def launched_rank() -> int:
+    """This process's number among them, from 0."""
+    return _launched("RANK", 0)
+
+
+def is_main_process() -> bool:
+    """True on the one process that writes files and talks to the user."""
+    return dist.get_rank() == 0 if dist.is_available() and dist.is_initialized() else launched_rank() == 0
+
+
+def start_processes(*, cpu: bool = False, timeout_minutes: float = TIMEOUT_MINUTES) -> None:
+    """Join the job's process group: NCCL on GPUs (gloo beside it for host tensors), gloo on CPU.
+
+    Does nothing without a launcher or when the group exists. Every process of the job must call it.
+
+    Raises:
+        DistributedError: the launcher's environment is incomplete, there are fewer GPUs than processes on this
+            machine, or the others cannot be reached.
+    """
+    world = launched_world()
+    if world == 1 or dist.is_initialized():
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise DistributedError(
+            f"WORLD_SIZE={world} but {', '.join(missing)} is not set; start several processes with launch/local.sh, "
+            "torchrun or accelerate launch, or unset WORLD_SIZE for one"
+        )
+    on_gpu = torch.cuda.is_available() and not cpu
+    if on_gpu:
+        local, gpus = _launched("LOCAL_RANK", 0), torch.cuda.device_count()
+        if local >= gpus:
+            raise DistributedError(
+                f"process {local} of this machine has no GPU of its own: there are {gpus}; start at most {gpus} "
+                "processes here, or run on CPU (launch/local.sh --cpu)"
+            )
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise DistributedError(
+            f"rank {launched_rank()} of {world} could not join the others at {address} ({error}); check that all "
+            "processes were started, and that address and port are free and reachable"
+        ) from error
+
+
+def stop_processes() -> None:
+    """Leave the process group, if any. Call it at the end of a successful job."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
