@@ -102,5 +102,6 @@ def _own_group(partition: list[list[int]], rank: int, name: str) -> dist.Process
     for ranks in partition:
         group = dist.new_group(ranks, group_desc=f"{name} {ranks}")
         if rank in ranks:
+            assert isinstance(group, dist.ProcessGroup)
             own = group
     return own

@@ -26,5 +26,5 @@ def set_determinism(seed: int, rank: int = 0) -> None:
     torch.manual_seed(derive_seed("torch", seed, rank))
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Filling every uninitialised buffer with NaN is a debugging aid that costs a pass over memory.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
