@@ -7,7 +7,7 @@ Two conventions, never mixed:
 - `table_flops`: what the papers print, equal to the `flops()` methods of microsoft/Swin-Transformer: 1 per
   multiply-add, norms counted, position-bias networks and routers not, experts times their capacity factor.
 
-Legend: H, W map size; T = H·W tokens; M tokens of a window; D width; F hidden width; h heads; E experts; K choices per
+Legend: H, W map size; T = H·W tokens; N tokens of a window; D width; F hidden width; h heads; E experts; K choices per
 token; P width of a cosine router's space.
 """
 
@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from math import ceil, prod
+from math import prod
 
 from swinmoe.config import CapacityPolicy, ModelConfig, MoEConfig, StyleConfig, resolve_style
 from swinmoe.errors import ConfigError
+from swinmoe.models.position import num_offsets
+from swinmoe.models.windows import Pair, WindowGrid, fit_window
 
 CPB_HIDDEN = 512
 """Hidden width of the log-CPB network (V2 §3.3)."""
@@ -81,49 +83,20 @@ class ModelCounts:
         return images * self.train_flops + micro_batches * self.batch_train_flops
 
 
-@dataclass(frozen=True)
-class StageGrid:
-    """One stage's map and how windows lie on it."""
-
-    height: int
-    width: int
-    window: tuple[int, int]
-
-    @property
-    def tokens(self) -> int:
-        return self.height * self.width
-
-    @property
-    def padded(self) -> int:
-        """Tokens of the map padded to whole windows."""
-        return prod(ceil(side / win) * win for side, win in zip((self.height, self.width), self.window, strict=True))
-
-    @property
-    def merged(self) -> tuple[int, int]:
-        """Map size after patch merging, odd sides padded."""
-        return ceil(self.height / 2), ceil(self.width / 2)
-
-
-def stage_grids(config: ModelConfig) -> list[StageGrid]:
-    """Map and window of each stage at `config.img_size`; images and odd maps are padded, windows shrunk by its rule."""
-    height, width = (ceil(side / patch) for side, patch in zip(config.img_size, config.patch_size, strict=True))
+def stage_grids(config: ModelConfig) -> list[WindowGrid]:
+    """Map and window of each stage at `config.img_size`; images that fill no patch and odd maps are padded."""
+    size = _ceil_div(config.img_size, config.patch_size)
+    square = config.window_size[0] == config.window_size[1]
     grids = []
     for _ in config.depths:
-        grid = StageGrid(height, width, _window(config, height, width))
-        grids.append(grid)
-        height, width = grid.merged
+        window = fit_window(size, config.window_size, square=square, small_map=config.small_map)
+        grids.append(WindowGrid(size, window, (0, 0)))
+        size = _ceil_div(size, (2, 2))
     return grids
 
 
-def _window(config: ModelConfig, height: int, width: int) -> tuple[int, int]:
-    """The window in force on a map: Microsoft's shrinking takes the smaller side for both axes of square windows."""
-    rows, cols = config.window_size
-    if config.small_map == "pad":
-        return rows, cols
-    if rows == cols:
-        side = min(rows, height, width)
-        return side, side
-    return min(rows, height), min(cols, width)
+def _ceil_div(size: Pair, by: Pair) -> Pair:
+    return -(-size[0] // by[0]), -(-size[1] // by[1])
 
 
 def count(config: ModelConfig) -> ModelCounts:
@@ -164,52 +137,51 @@ def _parts(config: ModelConfig) -> Iterator[tuple[str, PartCounts]]:
     """(kind, counts) of every component, one by one."""
     style = resolve_style(config.style)
     grids = stage_grids(config)
-    yield from _embedding(config, grids[0])
+    yield from _embedding(config, prod(grids[0].size))
     for stage, (grid, depth) in enumerate(zip(grids, config.depths, strict=True)):
-        dim = config.embed_dim * 2**stage
+        dim, tokens = config.embed_dim * 2**stage, prod(grid.size)
         sparse = config.moe_blocks[stage] if config.moe is not None and config.moe_blocks else ()
         for block in range(depth):
             yield from _attention(config, style, grid, dim, config.num_heads[stage])
-            yield "norms", _dense(2 * 2 * dim, table=2 * dim * grid.tokens)
+            yield "norms", _dense(2 * 2 * dim, table=2 * dim * tokens)
             if config.extra_norm_every and (block + 1) % config.extra_norm_every == 0:
-                yield "norms", _dense(2 * dim, table=dim * grid.tokens)
+                yield "norms", _dense(2 * dim, table=dim * tokens)
             if config.moe is not None and block in sparse:
-                yield from _moe(config.moe, grid.tokens, dim, int(dim * config.mlp_ratio))
+                yield from _moe(config.moe, tokens, dim, int(dim * config.mlp_ratio))
             else:
-                yield "mlp", _mlp(grid.tokens, dim, int(dim * config.mlp_ratio), fc2_bias=config.mlp_fc2_bias)
+                yield "mlp", _mlp(tokens, dim, int(dim * config.mlp_ratio), fc2_bias=config.mlp_fc2_bias)
         if stage + 1 < len(grids):
             yield from _merging(style, grid, dim)
     dim = config.embed_dim * 2 ** (len(grids) - 1)
     # Microsoft's methods count the last norm on the first map divided by 2^stages; kept, so that digits agree
-    yield "norms", _dense(2 * dim, table=dim * grids[0].tokens // 2 ** len(grids))
+    yield "norms", _dense(2 * dim, table=dim * prod(grids[0].size) // 2 ** len(grids))
     if config.num_classes:
         products = dim * config.num_classes
         yield "head", _dense(products + config.num_classes, 2 * products, products)
 
 
-def _embedding(config: ModelConfig, grid: StageGrid) -> Iterator[tuple[str, PartCounts]]:
+def _embedding(config: ModelConfig, tokens: int) -> Iterator[tuple[str, PartCounts]]:
     dim = config.embed_dim
     matrix = dim * config.in_chans * prod(config.patch_size)
-    products = matrix * grid.tokens
+    products = matrix * tokens
     yield "patch_embed", _dense(matrix + dim, 2 * products, products, leaf=2 * products)
     if config.patch_norm:
-        yield "norms", _dense(2 * dim, table=dim * grid.tokens)
+        yield "norms", _dense(2 * dim, table=dim * tokens)
     if config.absolute_pos_embed:
-        yield "patch_embed", _dense(grid.tokens * dim)
+        yield "patch_embed", _dense(tokens * dim)
 
 
 def _attention(
-    config: ModelConfig, style: StyleConfig, grid: StageGrid, dim: int, heads: int
+    config: ModelConfig, style: StyleConfig, grid: WindowGrid, dim: int, heads: int
 ) -> Iterator[tuple[str, PartCounts]]:
-    inside = prod(grid.window)
-    # qkv and output projection 4D², scores and weighted values 2·M·D, for each token of the padded map
-    products = grid.padded * (4 * dim * dim + 2 * inside * dim)
+    # qkv 3D², scores and weighted values 2·N·D for each token of the padded map; the output projection for the others
+    products = prod(grid.padded) * (3 * dim * dim + 2 * grid.area * dim) + prod(grid.size) * dim * dim
     # cosine similarity has no key bias (V2's code) and a learned scale per head
     cosine = style.similarity == "cosine"
     qkv_bias = (2 if cosine else 3) * dim if config.qkv_bias else 0
     params = 4 * dim * dim + qkv_bias + dim + (heads if cosine else 0)
     yield "attention", _dense(params, 2 * products, products)
-    offsets = prod(2 * side - 1 for side in grid.window)
+    offsets = num_offsets(grid.window)
     if style.position_bias == "table":
         yield "position_bias", _dense(offsets * heads)
     else:
@@ -218,14 +190,14 @@ def _attention(
         yield "position_bias", _dense(first + CPB_HIDDEN + second, cost, leaf=2 * offsets * first)
 
 
-def _merging(style: StyleConfig, grid: StageGrid, dim: int) -> Iterator[tuple[str, PartCounts]]:
-    tokens = prod(grid.merged)
-    products = tokens * 4 * dim * 2 * dim
+def _merging(style: StyleConfig, grid: WindowGrid, dim: int) -> Iterator[tuple[str, PartCounts]]:
+    tokens = prod(grid.size)
+    products = prod(_ceil_div(grid.size, (2, 2))) * 4 * dim * 2 * dim
     yield "merging", _dense(8 * dim * dim, 2 * products, products)
     if style.merge_norm == "before":
-        yield "norms", _dense(2 * 4 * dim, table=grid.tokens * dim)
+        yield "norms", _dense(2 * 4 * dim, table=tokens * dim)
     else:
-        yield "norms", _dense(2 * 2 * dim, table=grid.tokens * dim // 2)
+        yield "norms", _dense(2 * 2 * dim, table=tokens * dim // 2)
 
 
 def _mlp(
