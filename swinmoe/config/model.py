@@ -57,8 +57,9 @@ class ModelConfig:
     depths: tuple[int, ...] = (2, 2, 6, 2)
     num_heads: tuple[int, ...] = (3, 6, 12, 24)
     window_size: Pair = (7, 7)
-    pretrained_window_sizes: tuple[int, ...] | None = None
-    """Log-CPB only: window per stage in pre-training, by which offsets are normalised; None or 0 = the window itself."""
+    pretrained_window_sizes: tuple[int | Pair, ...] | None = None
+    """Log-CPB only: window per stage in pre-training (a side, or height and width), by which offsets are normalised;
+    None or 0 = the window itself."""
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     mlp_fc2_bias: bool = True
@@ -113,7 +114,9 @@ class ModelConfig:
                 f"{stages} stages, or be null"
             )
         if self.moe is not None and not any(self.moe_blocks):
-            raise ConfigError("model.moe is set but model.moe_blocks places no expert layer; e.g. [[], [], [1, 3, 5], [1]]")
+            raise ConfigError(
+                "model.moe is set but model.moe_blocks places no expert layer; e.g. [[], [], [1, 3, 5], [1]]"
+            )
         if self.moe_blocks and len(self.moe_blocks) != stages:
             raise ConfigError(f"model.moe_blocks names {len(self.moe_blocks)} stages, depths {stages}; use [] for none")
         for stage, blocks in enumerate(self.moe_blocks):
