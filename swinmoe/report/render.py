@@ -1,0 +1,290 @@
+"""`write_report`: figures, `report.md` and a self-contained `report.html` from one records file."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+
+from swinmoe.records import read_records
+from swinmoe.report import wording
+from swinmoe.report.figures import curve_figure
+from swinmoe.report.headline import headline
+from swinmoe.report.patches import patch_sheet, samples
+from swinmoe.report.routing_figures import ClassTable, class_figure, class_tables, health_figure, load_figure
+from swinmoe.report.series import (
+    Line,
+    evaluated_weights,
+    evaluation_curves,
+    last,
+    routing_traces,
+    seeds_of,
+    training_curves,
+)
+from swinmoe.report.summarise import ArmSummary, Summary, summary
+from swinmoe.report.theme import DARK, LIGHT, Theme, styled, to_png
+from swinmoe.version import __version__
+
+
+@dataclass(frozen=True)
+class ReportPaths:
+    """What `write_report` left behind."""
+
+    markdown: Path
+    html: Path
+    figures: tuple[Path, ...]
+    headline: str
+    """The report's first sentence, for a terminal."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the report, drawn for light pages (also a file) and for dark ones (in the HTML only)."""
+
+    file: str
+    """Relative to the report."""
+    title: str
+    light: bytes
+    dark: bytes
+
+    @property
+    def light_uri(self) -> str:
+        return _uri(self.light)
+
+    @property
+    def dark_uri(self) -> str:
+        return _uri(self.dark)
+
+
+@dataclass(frozen=True)
+class RoutingSection:
+    """Everything about one sparse arm's experts."""
+
+    arm: ArmSummary
+    seed: int
+    """The seed whose heat map, pictures and classes are shown; expert numbers mean nothing across seeds."""
+    load: Picture
+    health: Picture | None
+    patches: Picture | None
+    classes: Picture | None
+    tables: Sequence[ClassTable]
+
+
+Draw = Callable[[Theme], bytes]
+
+
+def write_report(records_path: Path, output_dir: Path) -> ReportPaths:
+    """Write `report.md`, `report.html` and `figures/*.png` into `output_dir` from the records of a run or a comparison.
+
+    Works while the run is still going (and says so). Every file appears whole or not at all.
+
+    Raises:
+        CheckpointError: no records there, or a damaged line.
+    """
+    records = read_records(records_path)
+    output_dir = Path(output_dir)
+    numbers = summary(records)
+    pictures: list[Picture] = []
+    context = _context(records, numbers, pictures)
+    for picture in pictures:
+        _write(output_dir / picture.file, picture.light)
+    markdown, html = output_dir / "report.md", output_dir / "report.html"
+    _write(markdown, _templates(autoescape=False).get_template("report.md.j2").render(context).encode())
+    _write(html, _templates(autoescape=True).get_template("report.html.j2").render(context).encode())
+    return ReportPaths(markdown, html, tuple(output_dir / p.file for p in pictures), context["headline"])
+
+
+def _context(records: Sequence[Line], numbers: Summary, pictures: list[Picture]) -> dict[str, Any]:
+    """Everything the templates show; each picture is also appended to `pictures`."""
+    run = next((line for line in reversed(records) if line["kind"] == "run"), {})
+    configs = {arm.name: _yaml(_arm_config(records, arm)) for arm in numbers.arms}
+    return {
+        "summary": numbers,
+        "index": {arm.name: i for i, arm in enumerate(numbers.arms)},
+        "speed": {d.arm: d.speed for d in numbers.differences if d.speed},
+        "headline": headline(numbers),
+        "curves": _curves(records, numbers, pictures),
+        "weights": evaluated_weights(records),
+        "routing": [section for arm in numbers.arms if (section := _routing(records, arm, pictures))],
+        "config": _yaml(run.get("config")),
+        "arm_configs": {name: text for name, text in configs.items() if text},
+        "facts": _facts(run, numbers),
+        "environment": _flat(run.get("environment") or {}),
+        "notes": [str(line["text"]) for line in records if line["kind"] == "note" and line.get("text")],
+        "version": __version__,
+    }
+
+
+def _curves(records: Sequence[Line], numbers: Summary, pictures: list[Picture]) -> dict[str, Picture]:
+    """Loss, held-out accuracy (training accuracy where nothing was evaluated) and held-out loss."""
+    wanted = {
+        "loss": (training_curves(records, "loss"), "training loss", False),
+        "accuracy": (evaluation_curves(records, "accuracy"), "test accuracy", True),
+        "test_loss": (evaluation_curves(records, "loss"), "test loss", False),
+    }
+    if not wanted["accuracy"][0]:
+        wanted["accuracy"] = (training_curves(records, "accuracy"), "training accuracy", True)
+    out = {}
+    for name, (curves, label, percent) in wanted.items():
+        if curves:
+            draw = partial(
+                _drawn, lambda theme, c=curves, t=label, p=percent: curve_figure(c, t, theme, numbers, percent=p)
+            )
+            out[name] = _picture(pictures, name, f"{label.capitalize()} of every arm", draw)
+    return out
+
+
+def _routing(records: Sequence[Line], arm: ArmSummary, pictures: list[Picture]) -> RoutingSection | None:
+    """The section of one arm; None for a dense arm, or before its first step is logged."""
+    by_seed = {seed: routing_traces(records, arm.name, seed) for seed in seeds_of(records, arm.name)}
+    by_seed = {seed: traces for seed, traces in by_seed.items() if traces}
+    if not by_seed:
+        return None
+    seed = next((s for s in arm.seeds if s in by_seed), min(by_seed))
+    add = partial(_picture, pictures)
+    load = add(
+        f"load_{arm.name}",
+        f"Share of tokens per expert over training, {arm.name}",
+        partial(_drawn, lambda theme: load_figure(by_seed[seed], theme)),
+    )
+    with styled(LIGHT):
+        has_health = health_figure(by_seed, LIGHT) is not None
+    health = shown = classes = None
+    if has_health:
+        health = add(
+            f"routing_{arm.name}",
+            f"Dropped tokens, entropies and imbalance over training, {arm.name}",
+            partial(_drawn, lambda theme: health_figure(by_seed, theme)),
+        )
+    if images := samples(records, arm.name, seed):
+        shown = add(
+            f"patches_{arm.name}",
+            f"Test images with patches coloured by expert, {arm.name}",
+            lambda theme: patch_sheet(images, arm.num_experts or 1, theme),
+        )
+    if tables := class_tables(records, arm.name, seed):
+        classes = add(
+            f"classes_{arm.name}",
+            f"Share of each class's tokens per expert, {arm.name}",
+            partial(_drawn, lambda theme: class_figure(tables, theme)),
+        )
+    return RoutingSection(arm, seed, load, health, shown, classes, tables)
+
+
+def _drawn(make: Callable[[Theme], Figure | None], theme: Theme) -> bytes:
+    with styled(theme):
+        figure = make(theme)
+        assert figure is not None
+        return to_png(figure)
+
+
+def _picture(pictures: list[Picture], name: str, title: str, draw: Draw) -> Picture:
+    """Draw for both themes under a file name that is safe and not yet taken."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "figure"
+    taken = {picture.file for picture in pictures}
+    candidates = [stem, *(f"{stem}-{i}" for i in range(2, len(taken) + 3))]
+    file = next(path for path in (f"figures/{c}.png" for c in candidates) if path not in taken)
+    picture = Picture(file, title, draw(LIGHT), draw(DARK))
+    pictures.append(picture)
+    return picture
+
+
+def _uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _arm_config(records: Sequence[Line], arm: ArmSummary) -> Any:
+    seeds = seeds_of(records, arm.name)
+    return last(records, "arm", arm.name, seeds[0]).get("config") if seeds else None
+
+
+def _yaml(config: Any) -> str:
+    return yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=110) if config else ""
+
+
+def _facts(run: Line, numbers: Summary) -> list[tuple[str, str]]:
+    """What was run on what, in a line of the header."""
+    config = run.get("config") or {}
+    base = config.get("base") or config
+    data = (base.get("data") or {}).get("name")
+    seeds = sorted({p.seed for p in numbers.progress})
+    matched = {"active_params": "active parameters", "flops": "training FLOPs"}.get(numbers.match or "", numbers.match)
+    found = [
+        ("data", data),
+        ("arms", ", ".join(arm.name for arm in numbers.arms)),
+        ("matched on", matched),
+        ("seeds", ", ".join(map(str, seeds))),
+        ("begun", run.get("time")),
+    ]
+    return [(name, str(value)) for name, value in found if value]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested mappings as dotted names with their values, in order."""
+    out: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            out += _flat(value, f"{name}.")
+        else:
+            out.append((name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+    return out
+
+
+def _templates(*, autoescape: bool) -> Environment:
+    env = Environment(
+        loader=PackageLoader("swinmoe.report"),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    for name in ("scaled", "ratio", "number", "signed", "spread", "duration"):
+        env.filters[name] = getattr(wording, name)
+    env.filters |= {"cell": _cell, "fenced": _fenced, "estimate_html": _estimate_html}
+    return env
+
+
+def _estimate_html(text: str) -> Markup:
+    """The ± part of an estimate set small."""
+    mean, sign, half = text.partition(" ± ")
+    return escape(mean) + Markup(" <small>± {}</small>").format(half) if sign else escape(mean)
+
+
+def _cell(text: object) -> str:
+    """`text` inside Markdown: no table borders, no HTML, no line breaks, no emphasis."""
+    escaped = re.sub(r"([\\`*_|\[\]])", r"\\\1", " ".join(str(text).split()))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _fenced(text: str, language: str = "") -> str:
+    """`text` as a code block whose fence is longer than any run of backticks in it."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write beside, then rename: a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
