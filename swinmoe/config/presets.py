@@ -81,6 +81,11 @@ def _experts(num_experts: int, top_k: int = 1, router: str = "linear") -> Values
     }
 
 
+def _every_second_block(depths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Expert layers in the odd blocks of the last stage."""
+    return (*((),) * (len(depths) - 1), tuple(range(1, depths[-1], 2)))
+
+
 _GRIDS: dict[str, Values] = {
     # 8x8 tokens, then 4x4: one model for digits at their own 8 px and scaled up to 16 or 32
     "8_p1_w2": {"img_size": (8, 8), "patch_size": (1, 1), "window_size": (2, 2)},
@@ -91,11 +96,19 @@ _GRIDS: dict[str, Values] = {
     "32_p2_w8": {"img_size": (32, 32), "patch_size": (2, 2), "window_size": (8, 8)},
     # Fashion-MNIST: 14x14 tokens in four windows, then 7x7 in one
     "28_p2_w7": {"img_size": (28, 28), "patch_size": (2, 2), "window_size": (7, 7)},
+    # the same images at a third of the cost: 7x7 tokens throughout
+    "28_p4_w7": {
+        "img_size": (28, 28),
+        "patch_size": (4, 4),
+        "window_size": (7, 7),
+        "embed_dim": 48,
+        "depths": (6,),
+        "num_heads": (3,),
+    },
 }
 _MINI: Values = {
     "in_chans": 1, "num_classes": 10, "embed_dim": 32, "depths": (2, 6), "num_heads": (2, 4), "drop_path_rate": 0.05,
 }  # fmt: skip
-_MINI_EXPERTS: Values = {"moe": {"num_experts": 8}, "moe_blocks": ((), (1, 3, 5))}
 _MICRO: Values = {
     "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4), "patch_size": (2, 2), "window_size": (4, 4),
     "img_size": (32, 32), "num_classes": 10,
@@ -135,9 +148,10 @@ def _named() -> dict[str, tuple[Values, str]]:
     for grid, shape in _GRIDS.items():
         for lineage, style in (("v1", "v1"), ("v2", "v2"), ("moe", "swin_moe")):
             values = {"style": style, **_MINI, **shape}
+            sparse = {**values, "moe": {"num_experts": 8}, "moe_blocks": _every_second_block(values["depths"])}
             dense = f"swin_{lineage}_mini_{grid}" + ("_dense" if lineage == "moe" else "")
             named[dense] = (values, OURS)
-            named[f"swin_{lineage}_mini_{grid}_e8"] = ({**values, **_MINI_EXPERTS}, OURS)
+            named[f"swin_{lineage}_mini_{grid}_e8"] = (sparse, OURS)
     named["swin_micro"] = ({"style": "v1", **_MICRO}, OURS)
     named["swin_moe_micro"] = (
         {"style": "swin_moe", **_MICRO, "moe": {"num_experts": 8}, "moe_blocks": ((), (1,))},
