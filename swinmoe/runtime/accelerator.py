@@ -34,8 +34,9 @@ def make_accelerator(
 ) -> Accelerator:
     """The Accelerator of this process; joins the job's process group if a launcher started several.
 
-    It places models and batches, wraps models in DDP (`swinmoe.parallel.wrap_data_parallel` completes that) and feeds
-    trackers. Its gradient scaler, accumulation counter and scheduler wrapper are not for us: they assume one model.
+    It places models on their device, wraps them in autocast and DDP (`swinmoe.parallel.wrap_data_parallel` completes
+    that) and feeds trackers. Its gradient scaler, accumulation counter and scheduler wrapper assume one model, and its
+    loaders cannot give each rank its own draw-by-draw reproducible share: those are ours.
 
     Args:
         precision: `fp32`, `bf16`, `fp16` (GPU only) or `fp64`.
@@ -61,7 +62,7 @@ def make_accelerator(
     # Imported here: it takes seconds, and most of swinmoe works without it.
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, DistributedType
+    from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
     start_processes(cpu=on_cpu, timeout_minutes=timeout_minutes)
     # Accelerate keeps one state per process and refuses a second precision; runs in one process follow each other.
@@ -71,8 +72,6 @@ def make_accelerator(
         mixed_precision=AUTOCAST[precision],
         log_with=None if tensorboard_dir is None else "tensorboard",
         project_dir=None if tensorboard_dir is None else str(tensorboard_dir),
-        # Batch sizes are counted over all ranks: each takes its share of every batch.
-        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
         # Buffers: routers keep theirs equal on all ranks themselves, once per optimiser step.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
