@@ -1,1 +1,45 @@
-""""""
+"""The sparse house: a top-k gated expert layer, and the parts it is made of."""
+
+from swinmoe.moe.capacity import capacity, require_slots
+from swinmoe.moe.dispatchers import Dispatcher, PaddedDispatcher, RaggedDispatcher
+from swinmoe.moe.execution import LocalExecution
+from swinmoe.moe.experts import Experts
+from swinmoe.moe.layer import MoEMlp
+from swinmoe.moe.registry import register_dispatcher, register_expert, register_router
+from swinmoe.moe.routers import Router
+from swinmoe.moe.stats import merge, summarise
+from swinmoe.moe.types import (
+    DispatchPlan,
+    ExpertExecution,
+    ExpertFn,
+    ExpertRows,
+    ExpertWeights,
+    Route,
+    Routing,
+    RoutingStats,
+)
+
+__all__ = [
+    "DispatchPlan",
+    "Dispatcher",
+    "ExpertExecution",
+    "ExpertFn",
+    "ExpertRows",
+    "ExpertWeights",
+    "Experts",
+    "LocalExecution",
+    "MoEMlp",
+    "PaddedDispatcher",
+    "RaggedDispatcher",
+    "Route",
+    "Router",
+    "Routing",
+    "RoutingStats",
+    "capacity",
+    "merge",
+    "register_dispatcher",
+    "register_expert",
+    "register_router",
+    "require_slots",
+    "summarise",
+]

@@ -34,22 +34,25 @@ class Routing:
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Which row goes where. Kept rows are sorted by (expert, slot): the ragged layout's order."""
+    """Which choice sits in which row of the layout.
 
-    row_token: Tensor
-    """(N,) int64 token of each kept row."""
-    row_choice: Tensor
-    """(N,) int64 choice (0..K-1) of each kept row."""
+    M rows: ragged, the N kept choices sorted by (expert, slot); padded, E·slots, expert by expert, some of them empty.
+    """
+
+    row: Tensor
+    """(M,) int64 index t·K + k of the choice in each row; -1 in the empty rows of the padded layout."""
+    position: Tensor
+    """(T, K) int64 row of each choice; 0 where it was dropped."""
     slot: Tensor
     """(T, K) int64 place of each choice in its expert's queue, counted before capacity cuts."""
-    kept: Tensor
-    """(T, K) bool: slot < capacity."""
+    kept: Tensor | None
+    """(T, K) bool: slot < capacity; None = all are kept, known without looking."""
     counts: Tensor
     """(E,) int64 rows kept per expert."""
     routed: Tensor
     """(E,) int64 choices per expert before drops."""
     slots: int | None
-    """Capacity in force (padded layout: rows per expert); None = not cut and not padded."""
+    """Padded layout: rows per expert."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ class Route:
     """(W, E) int64 on the host: rows that each rank of the group sends to each expert; None in the padded layout."""
     slots: int | None
     """Padded layout: rows per expert and source, agreed between ranks."""
+    rows: int | None = None
+    """Ragged layout: kept rows of this rank, a by-product of the host copy; None = not known without another."""
 
 
 class ExpertExecution(Protocol):

@@ -1,0 +1,57 @@
+"""Expert activations with their derivatives, for code that keeps pre-activations and nothing else.
+
+Shapes: n rows, F hidden width of an expert.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Activation(Protocol):
+    """(n, rows_per_hidden·F) -> (n, F)."""
+
+    rows_per_hidden: int
+    """Rows of fc1 for each hidden unit: 1, or 2 with a gate."""
+
+    def value(self, pre: Tensor) -> Tensor:
+        """Made of ordinary differentiable operations."""
+        ...
+
+    def gradient(self, grad: Tensor, pre: Tensor) -> Tensor:
+        """Gradient of `pre` from the gradient of the value. May overwrite `grad`."""
+        ...
+
+
+class Gelu:
+    """x·Φ(x), exact (Hendrycks & Gimpel 2016), as in Swin's MLPs."""
+
+    rows_per_hidden = 1
+
+    def value(self, pre: Tensor) -> Tensor:
+        """(n, F) -> (n, F)."""
+        return F.gelu(pre)
+
+    def gradient(self, grad: Tensor, pre: Tensor) -> Tensor:
+        """(n, F) -> (n, F)."""
+        return torch.ops.aten.gelu_backward(grad, pre)
+
+
+class SwiGlu:
+    """value·SiLU(gate) (Shazeer 2020). Columns 2i and 2i + 1 of `pre` are value and gate of hidden unit i."""
+
+    rows_per_hidden = 2
+
+    def value(self, pre: Tensor) -> Tensor:
+        """(n, 2F) -> (n, F)."""
+        value, gate = pre.unflatten(-1, (-1, 2)).unbind(-1)
+        return value * F.silu(gate)
+
+    def gradient(self, grad: Tensor, pre: Tensor) -> Tensor:
+        """(n, F) -> (n, 2F)."""
+        value, gate = pre.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((grad * F.silu(gate), torch.ops.aten.silu_backward(grad * value, gate)), dim=-1).flatten(-2)

@@ -1,0 +1,38 @@
+"""How many slots an expert has: C = max(min_slots, k·int(factor·ceil(T/E))), counted per source rank.
+
+The rounding is Tutel's (Hwang et al. 2023): the integer part is taken before the multiplication by k. All of it is host
+arithmetic on shapes; nothing here looks at where tokens went.
+"""
+
+from __future__ import annotations
+
+from swinmoe.config.moe import CapacityPolicy
+from swinmoe.errors import ConfigError
+
+
+def capacity(policy: CapacityPolicy, num_tokens: int, num_experts: int, top_k: int) -> int | None:
+    """Most choices that one expert keeps of `num_tokens` tokens; None = all of them (`dropless`)."""
+    if policy.kind == "dropless":
+        return None
+    share = -(-num_tokens // num_experts)
+    return max(policy.min_slots, top_k * int(policy.factor * share))
+
+
+def require_slots(policy: CapacityPolicy, num_tokens: int, num_experts: int, top_k: int) -> None:
+    """Refuse a policy that leaves experts without a slot at the batch it is meant for.
+
+    Args:
+        policy: the policy of training or of evaluation.
+        num_tokens: tokens that one process's micro-batch brings to the layer.
+        num_experts: experts, counted globally.
+        top_k: choices per token.
+
+    Raises:
+        ConfigError: every token would be dropped.
+    """
+    if num_tokens and capacity(policy, num_tokens, num_experts, top_k) == 0:
+        raise ConfigError(
+            f"capacity factor {policy.factor} gives every expert 0 slots at {num_tokens} tokens per process, "
+            f"{num_experts} experts and top_k={top_k}, so all tokens would be dropped; use min_slots >= 1, a factor of "
+            f"at least {1 / -(-num_tokens // num_experts):.3g}, or kind='dropless'"
+        )

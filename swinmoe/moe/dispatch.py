@@ -1,0 +1,91 @@
+"""Routing -> DispatchPlan: the queue of every expert, who is dropped, and which row of the layout each choice takes.
+
+Shapes: T tokens, E experts, K choices, C capacity, M rows of the layout (ragged: N kept choices; padded: E·slots).
+
+A queue is filled choice by choice: first choices of all tokens in token order, then second choices, and so on, as in
+GShard and Tutel; batch-prioritised routing orders the tokens by their highest score instead (V-MoE, §4).
+All of it is index algebra on the device: no loop over experts and no host sync.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from swinmoe.moe.types import DispatchPlan, Routing
+
+
+class Queues(NamedTuple):
+    """Every choice's place in its expert's queue."""
+
+    slot: Tensor
+    """(T, K) int64 place in the queue of the chosen expert, from 0."""
+    kept: Tensor | None
+    """(T, K) bool: the place is below the capacity; None = all are, known without looking."""
+    routed: Tensor
+    """(E,) int64 length of each queue."""
+    counts: Tensor
+    """(E,) int64 its kept part."""
+
+
+def queue(routing: Routing, num_experts: int, capacity: int | None, *, batch_prioritized: bool = False) -> Queues:
+    """Line the choices up before their experts, and cut the queues at `capacity` (None = nowhere)."""
+    expert_ids = routing.expert_ids
+    num_tokens, top_k = expert_ids.shape
+    turn = None
+    if batch_prioritized:
+        turn = routing.probs.detach().amax(1).argsort(descending=True, stable=True)
+        expert_ids = expert_ids.index_select(0, turn)
+    line = expert_ids.t().reshape(-1)  # choice by choice, tokens in order of priority
+    order = line.argsort(stable=True)
+    routed = _count(line, num_experts)
+    first = routed.cumsum(0) - routed
+    place = torch.arange(len(line), device=line.device) - first.index_select(0, line.index_select(0, order))
+    slot = torch.empty_like(line).index_copy_(0, order, place).view(top_k, num_tokens).t()
+    if turn is not None:
+        slot = torch.empty_like(slot).index_copy_(0, turn, slot)
+    # A token names an expert once, so no queue is longer than T.
+    if capacity is None or capacity >= num_tokens:
+        return Queues(slot, None, routed, routed)
+    return Queues(slot, slot < capacity, routed, routed.clamp(max=capacity))
+
+
+def _count(ids: Tensor, num_experts: int) -> Tensor:
+    """(E,) occurrences; `bincount` would copy to the host on a GPU."""
+    return ids.new_zeros(num_experts).index_add_(0, ids, torch.ones_like(ids))
+
+
+def plan(routing: Routing, queues: Queues, *, rows: int | None = None, slots: int | None = None) -> DispatchPlan:
+    """Give every kept choice its row.
+
+    Args:
+        routing: what the router decided.
+        queues: from `queue`.
+        rows: ragged layout: N, the kept choices, known on the host.
+        slots: padded layout: rows per expert.
+    """
+    expert_ids = routing.expert_ids
+    num_tokens, top_k = expert_ids.shape
+    slot, kept, routed, counts = queues
+    if slots is not None:
+        size = len(counts) * slots
+        position = expert_ids * slots + slot
+    else:
+        assert rows is not None, "the ragged layout needs the number of kept rows"
+        size = rows
+        position = (counts.cumsum(0) - counts)[expert_ids] + slot
+    # One more row than there are takes all the dropped, so that no mask needs a data-dependent shape.
+    target = position if kept is None else torch.where(kept, position, size)
+    choice = torch.full((size + 1,), -1, dtype=torch.int64, device=expert_ids.device)
+    choice.index_copy_(0, target.reshape(-1), torch.arange(num_tokens * top_k, device=expert_ids.device))
+    return DispatchPlan(
+        row=choice[:size],
+        position=position if kept is None else torch.where(kept, position, 0),
+        slot=slot,
+        kept=kept,
+        counts=counts,
+        routed=routed,
+        slots=slots,
+    )

@@ -1,0 +1,329 @@
+"""Two-layer MLPs, one per expert, over rows grouped by expert: the arithmetic under every `ExpertFn`.
+
+Shapes: N rows ordered (source, local expert), S sources, e experts here, D width, F hidden width (any slice of it),
+A = rows_per_hidden·F rows of fc1.
+
+Three ways to the same numbers:
+- blocks: an autograd Function of our own, for CPU. It walks over blocks of rows that fit the cache, keeps only
+  pre-activations, and adds weight gradients to their final place. With many experts, weights are most of the memory
+  traffic, and a gradient that is first written to a fresh stack and then added to `.grad` costs three times that of one
+  that the matrix product itself accumulates;
+- grouped: `torch.nn.functional.grouped_mm`, for bfloat16 on GPUs that have the kernel;
+- plain: one `linear` per expert in ordinary autograd, for everything else.
+The paths for GPUs were never run on one: the second is tested on CPU, where the operator exists too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
+
+from swinmoe.moe.activations import Activation
+from swinmoe.moe.precision import autocast_dtype
+from swinmoe.moe.types import ExpertWeights
+
+BLOCK_ROWS = 256
+"""Rows of a block: with F = 1536 in float32 its hidden activations are 1.5 MB, about a core's second-level cache."""
+
+
+class Block(NamedTuple):
+    """Consecutive rows of one expert."""
+
+    expert: int
+    start: int
+    stop: int
+
+
+def expert_mlp(
+    rows: Tensor, segments: Tensor | None, w: ExpertWeights, activation: Activation, dropout: float = 0.0
+) -> Tensor:
+    """fc2_e(dropout(activation(fc1_e(row)))) for the rows of every expert e: an `ExpertFn`, its last arguments bound.
+
+    Args:
+        rows: (N, D) with `segments`, or padded (e, n, D).
+        segments: (S, e) int64 on the host, rows of each source and expert; None in the padded layout.
+        w: stacked weights of e experts.
+        activation: between the two layers.
+        dropout: probability, after the activation; masks come from the global generator of the rows' device.
+    """
+    if segments is None:
+        num_experts, per_expert, dim = rows.shape
+        if rows.device.type != "cpu" or torch.compiler.is_compiling():
+            return _batched(rows, w, activation, dropout)
+        # Padded rows are ragged rows whose counts happen to be equal, and known without looking.
+        counts = [[per_expert] * num_experts]
+        return _mlp(rows.reshape(-1, dim), counts, w, activation, dropout).view(num_experts, per_expert, dim)
+    return _mlp(rows, segments.tolist(), w, activation, dropout)
+
+
+def _mlp(rows: Tensor, counts: list[list[int]], w: ExpertWeights, activation: Activation, dropout: float) -> Tensor:
+    assert sum(map(sum, counts)) == len(rows), (counts, rows.shape)
+    if _has_grouped_kernel(rows, w):
+        return grouped_mlp(rows, counts, w, activation, dropout)
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        return blocked_mlp(rows, counts, w, activation, dropout)
+    return plain_mlp(rows, counts, w, activation, dropout)
+
+
+def blocks_of(counts: Sequence[Sequence[int]], limit: int) -> list[Block]:
+    """Blocks of at most `limit` rows, expert by expert: an expert's weights stay in the cache while its rows pass."""
+    by_expert: list[list[Block]] = [[] for _ in counts[0]] if counts else []
+    start = 0
+    for source in counts:
+        for expert, count in enumerate(source):
+            pieces = -(-count // limit)  # of nearly equal length: a short last block would run slowly
+            for piece in range(pieces):
+                bounds = (start + count * piece // pieces, start + count * (piece + 1) // pieces)
+                by_expert[expert].append(Block(expert, *bounds))
+            start += count
+    return [block for blocks in by_expert for block in blocks]
+
+
+def _dropped(hidden: Tensor, dropout: float) -> Tensor:
+    return F.dropout(hidden, dropout) if dropout else hidden
+
+
+# ---------------------------------------------------------------------------------------------------------------- plain
+
+
+def plain_mlp(
+    rows: Tensor, counts: list[list[int]], w: ExpertWeights, activation: Activation, dropout: float
+) -> Tensor:
+    """One expert and source at a time. Every weight takes part, empty segments too, so that all have gradients."""
+    fc1, fc2 = w.fc1.unbind(), w.fc2.unbind()  # not w[j]: its backward fills a whole stack with zeros for each j
+    b1 = [None] * len(fc1) if w.b1 is None else w.b1.unbind()
+    b2 = [None] * len(fc2) if w.b2 is None else w.b2.unbind()
+    out = []
+    pieces = iter(rows.split([count for source in counts for count in source]))
+    for source in counts:
+        for expert in range(len(source)):
+            hidden = _dropped(activation.value(F.linear(next(pieces), fc1[expert], b1[expert])), dropout)
+            out.append(F.linear(hidden, fc2[expert], b2[expert]))
+    return torch.cat(out)
+
+
+def _batched(rows: Tensor, w: ExpertWeights, activation: Activation, dropout: float) -> Tensor:
+    """Padded rows (e, n, D) by batched products."""
+    pre = rows @ w.fc1.transpose(1, 2)
+    if w.b1 is not None:
+        pre = pre + w.b1.to(pre.dtype).unsqueeze(1)
+    out = _dropped(activation.value(pre), dropout) @ w.fc2.transpose(1, 2)
+    return out if w.b2 is None else out + w.b2.to(out.dtype).unsqueeze(1)
+
+
+# -------------------------------------------------------------------------------------------------------------- grouped
+
+
+def _has_grouped_kernel(rows: Tensor, w: ExpertWeights) -> bool:
+    if rows.device.type != "cuda" or (autocast_dtype(rows) or rows.dtype) != torch.bfloat16:
+        return False
+    # Elsewhere the operator loops over experts with a host sync each; strides must be multiples of 16 bytes.
+    aligned = w.fc1.shape[1] % 8 == 0 and w.fc1.shape[2] % 8 == 0 and w.fc2.shape[2] % 8 == 0
+    return aligned and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+
+
+def grouped_mlp(
+    rows: Tensor, counts: list[list[int]], w: ExpertWeights, activation: Activation, dropout: float
+) -> Tensor:
+    """All experts in one `grouped_mm` per layer; rows of several sources are first brought together by expert."""
+    dtype = autocast_dtype(rows) or rows.dtype
+    by_source = torch.tensor(counts)
+    per_expert = by_source.sum(0)
+    regroup = _regroup(by_source).to(rows.device, non_blocking=True) if len(counts) > 1 else None
+    ends = per_expert.cumsum(0).to(torch.int32).to(rows.device, non_blocking=True)
+    expert_of_row = torch.arange(len(per_expert)).repeat_interleave(per_expert).to(rows.device, non_blocking=True)
+    x = rows.to(dtype)
+    x = x if regroup is None else x.index_select(0, regroup)
+    pre = F.grouped_mm(x, w.fc1.to(dtype).transpose(1, 2), offs=ends)
+    if w.b1 is not None:
+        pre = pre + w.b1.to(dtype).index_select(0, expert_of_row)
+    hidden = _dropped(activation.value(_ContiguousGradient.apply(pre)), dropout)
+    out = _ContiguousGradient.apply(F.grouped_mm(hidden, w.fc2.to(dtype).transpose(1, 2), offs=ends))
+    if w.b2 is not None:
+        out = out + w.b2.to(dtype).index_select(0, expert_of_row)
+    return out if regroup is None else torch.zeros_like(out).index_copy(0, regroup, out)
+
+
+def _regroup(counts: Tensor) -> Tensor:
+    """Index (N,) that sorts rows ordered (source, expert) by (expert, source)."""
+    lengths = counts.reshape(-1)
+    order = torch.arange(lengths.numel()).view(counts.shape).t().reshape(-1)
+    old, new = lengths.cumsum(0) - lengths, lengths[order].cumsum(0) - lengths[order]
+    return (old[order] - new).repeat_interleave(lengths[order]) + torch.arange(int(lengths.sum()))
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity. `grouped_mm` refuses gradients of stride 0, such as those of a plain sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+# --------------------------------------------------------------------------------------------------------------- blocks
+
+
+def blocked_mlp(
+    rows: Tensor, counts: list[list[int]], w: ExpertWeights, activation: Activation, dropout: float
+) -> Tensor:
+    """Block by block, in our own autograd Function; honours autocast like `F.linear`."""
+    rows = rows.to(autocast_dtype(rows) or rows.dtype)
+    keep = None
+    if dropout:
+        hidden = (len(rows), w.fc2.shape[2])
+        keep = torch.empty(hidden, dtype=torch.bool, device=rows.device).bernoulli_(1 - dropout)
+    blocks = blocks_of(counts, BLOCK_ROWS)
+    tensors = (w.fc1, w.b1, w.fc2, w.b2)
+    # Inside `forward` gradient mode is off, whoever calls: ask here whether a backward pass can follow.
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, *tensors))
+    out: Tensor = _BlockedMlp.apply(rows, *tensors, keep, blocks, activation, dropout, training)
+    return out
+
+
+class _BlockedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        fc1: Tensor,
+        b1: Tensor | None,
+        fc2: Tensor,
+        b2: Tensor | None,
+        keep: Tensor | None,
+        blocks: list[Block],
+        activation: Activation,
+        dropout: float,
+        training: bool,
+    ) -> Tensor:
+        scale = 1 / (1 - dropout)
+        out = rows.new_empty(len(rows), fc2.shape[1])
+        pre_activations = []
+        for expert, start, stop in blocks:
+            pre = _affine(rows[start:stop], fc1[expert], None if b1 is None else b1[expert])
+            if training:
+                pre_activations.append(pre)
+            hidden = activation.value(pre)
+            if keep is not None:
+                hidden = hidden * keep[start:stop] * scale
+            _affine(hidden, fc2[expert], None if b2 is None else b2[expert], out=out[start:stop])
+        if training:
+            ctx.save_for_backward(rows, fc1, fc2, keep, *pre_activations)
+            # Saved tensors may come back as copies (checkpointing, offloading); only the parameter itself has `.grad`.
+            ctx.parameters = (fc1, fc2)
+            ctx.bias_dtypes = (None if b1 is None else b1.dtype, None if b2 is None else b2.dtype)
+            ctx.blocks, ctx.activation, ctx.scale = blocks, activation, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        ctx.creates_graph = torch.is_grad_enabled()
+        return _blocked_backward(ctx, grad)
+
+
+@once_differentiable
+def _blocked_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    rows, fc1, fc2, keep, *pre_activations = ctx.saved_tensors
+    needs_rows, needs_fc1, needs_b1, needs_fc2, needs_b2 = ctx.needs_input_grad[:5]
+    grad_rows = torch.empty_like(rows) if needs_rows else None
+    grad_fc1 = _WeightGradient(ctx.parameters[0], ctx.creates_graph) if needs_fc1 else None
+    grad_fc2 = _WeightGradient(ctx.parameters[1], ctx.creates_graph) if needs_fc2 else None
+    grad_b1 = fc1.new_zeros(fc1.shape[:2], dtype=ctx.bias_dtypes[0]) if needs_b1 else None
+    grad_b2 = fc2.new_zeros(fc2.shape[:2], dtype=ctx.bias_dtypes[1]) if needs_b2 else None
+    for (expert, start, stop), pre in zip(ctx.blocks, pre_activations, strict=True):
+        grad_out = grad[start:stop]
+        if grad_b2 is not None:
+            grad_b2[expert] += grad_out.sum(0)
+        if grad_fc2 is not None:
+            hidden = ctx.activation.value(pre)
+            if keep is not None:
+                hidden = hidden * keep[start:stop] * ctx.scale
+            grad_fc2.add(expert, grad_out, hidden)
+        grad_hidden = grad_out @ fc2[expert].to(grad_out.dtype)
+        if keep is not None:
+            grad_hidden = grad_hidden * keep[start:stop] * ctx.scale
+        grad_pre = ctx.activation.gradient(grad_hidden, pre)
+        if grad_b1 is not None:
+            grad_b1[expert] += grad_pre.sum(0)
+        if grad_fc1 is not None:
+            grad_fc1.add(expert, grad_pre, rows[start:stop])
+        if grad_rows is not None:
+            torch.mm(grad_pre, fc1[expert].to(grad_pre.dtype), out=grad_rows[start:stop])
+    weights = [None if g is None else g.result() for g in (grad_fc1, grad_fc2)]
+    return grad_rows, weights[0], grad_b1, weights[1], grad_b2, None, None, None, None, None
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b in the dtype of `x`, without gradients."""
+    weight = weight.to(x.dtype).t()
+    if bias is None:
+        return torch.mm(x, weight, out=out) if out is not None else torch.mm(x, weight)
+    bias = bias.to(x.dtype)
+    return torch.addmm(bias, x, weight, out=out) if out is not None else torch.addmm(bias, x, weight)
+
+
+class _WeightGradient:
+    """Collects Σ left_blockᵀ right_block per expert, straight into the parameter's `.grad` where that is safe.
+
+    Safe is: exactly what autograd's own accumulation would have done, and nobody who would have seen the gradient on
+    its way. So not under `autograd.grad`, `create_graph`, or tensor hooks; nor while there is no `.grad` yet, when
+    autograd takes our buffer as it is. Hooks of the accumulation node (DDP's) run after this either way and find `.grad`
+    complete.
+    """
+
+    def __init__(self, parameter: Tensor, creates_graph: bool) -> None:
+        self.in_place = not creates_graph and _may_accumulate(parameter)
+        if self.in_place:
+            assert parameter.grad is not None
+            self.stack = parameter.grad
+        else:
+            self.stack = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+        self.experts = self.stack.unbind()
+        self.begun = [self.in_place] * len(self.experts)
+
+    def add(self, expert: int, left: Tensor, right: Tensor) -> None:
+        """Add leftᵀ right: (n, a), (n, b) -> (a, b)."""
+        target = self.experts[expert]
+        if left.dtype == target.dtype:
+            if self.begun[expert]:
+                target.addmm_(left.t(), right)
+            else:
+                torch.mm(left.t(), right, out=target)
+        elif self.begun[expert]:
+            target.add_(left.t() @ right)
+        else:
+            target.copy_(left.t() @ right)
+        self.begun[expert] = True
+
+    def result(self) -> Tensor | None:
+        """What the backward pass returns: None where `.grad` has it all."""
+        if self.in_place:
+            return None
+        for expert, begun in zip(self.experts, self.begun, strict=True):
+            if not begun:
+                expert.zero_()
+        return self.stack
+
+
+def _may_accumulate(parameter: Tensor) -> bool:
+    gradient = parameter.grad if parameter.is_leaf else None
+    if gradient is None or gradient.requires_grad or gradient.layout != torch.strided:
+        return False
+    if type(gradient) is not Tensor or gradient.dtype != parameter.dtype:
+        return False
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        return False
+    try:
+        # False for a parameter left out of backward(inputs=...); an error under autograd.grad, which leaves .grad alone.
+        return bool(torch._C._will_engine_execute_node(get_gradient_edge(parameter).node))
+    except RuntimeError:
+        return False

@@ -1,0 +1,149 @@
+"""Tokens -> Routing: scores, noise, the choice of k experts, and the gates.
+
+Shapes: T tokens, D width, E experts (global), K choices, P projection width.
+Everything runs in float32 or wider, under autocast too: bfloat16 scores are too coarse to compare experts with.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swinmoe.config.moe import MoEConfig
+from swinmoe.moe.precision import without_autocast
+from swinmoe.moe.registry import register_router
+from swinmoe.moe.types import Routing
+from swinmoe.randomness import generator
+
+Device = torch.device | str | None
+
+
+class Router(nn.Module):
+    """What all routers share: noise, choice, gates. A router of your own overrides `score`.
+
+    Args:
+        cfg: the layer's configuration.
+        dim: D.
+        name: the layer's name, from which initial weights are seeded.
+        seed: the model's seed.
+        init_std: standard deviation of initial matrices.
+        device, dtype: of the parameters.
+    """
+
+    expert_bias: Tensor | None
+
+    def __init__(
+        self,
+        cfg: MoEConfig,
+        dim: int,
+        *,
+        name: str,
+        seed: int,
+        init_std: float,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.cfg = cfg.router
+        self.num_experts = cfg.num_experts
+        self.top_k = cfg.top_k
+        self.name, self.seed, self.init_std = name, seed, init_std
+        # Counted in small steps of one rate, so float32 whatever the weights are.
+        bias = torch.zeros(cfg.num_experts, device=device) if cfg.router.bias_update_rate > 0 else None
+        self.register_buffer("expert_bias", bias)
+
+    def score(self, x: Tensor) -> Tensor:
+        """Logits (T, E) of tokens (T, D), which come in the gate's dtype."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Routing:
+        """Route tokens.
+
+        Args:
+            x: (T, D).
+            noise: (T, E) added to the logits (V-MoE, Riquelme et al. 2021, §2), or None.
+        """
+        with without_autocast(x) if self.cfg.fp32 else nullcontext():
+            wide = torch.promote_types(x.dtype, torch.float32) if self.cfg.fp32 else x.dtype
+            logits = self.score(x.to(wide))
+            noisy = logits if noise is None else logits + noise.to(logits.dtype)
+            probs = noisy.softmax(-1) if self.cfg.score == "softmax" else noisy.sigmoid()
+            # The bias enters the choice and never the gate (Wang et al. 2024, eq. 3). Without it logits decide: they
+            # order experts as probabilities do, and cannot tie by saturation.
+            ranking = noisy if self.expert_bias is None else probs + self.expert_bias.to(probs.dtype)
+            expert_ids = ranking.detach().topk(self.top_k, dim=-1).indices
+            gates = probs.gather(1, expert_ids)
+            if (
+                self.cfg.normalize_gates and self.top_k > 1
+            ):  # one gate over itself would be 1, and teach the router nothing
+                gates = gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).eps)
+        std = 0.0 if noise is None else self.cfg.noise / self.num_experts
+        return Routing(expert_ids, gates, logits, noisy, probs, std)
+
+    @torch.no_grad()
+    def update_bias(self, routed: Tensor) -> None:
+        """Move the bias by the update rate towards balance (Wang et al. 2024, algorithm 1); nothing where it is off.
+
+        Args:
+            routed: (E,) choices per expert before drops, summed over the global batch of one optimiser step.
+        """
+        if self.expert_bias is not None:
+            load = routed.to(self.expert_bias)
+            self.expert_bias += self.cfg.bias_update_rate * torch.sign(load.mean() - load)
+
+    def _draw(self, parameter: Tensor, what: str, std: float) -> None:
+        """Truncated normal values that depend on (seed, layer, parameter) only, whatever the device and dtype."""
+        if not parameter.is_meta:
+            values = torch.empty(parameter.shape, dtype=torch.float32)
+            nn.init.trunc_normal_(values, std=std, generator=generator(self.seed, f"{self.name}.router.{what}"))
+            with torch.no_grad():
+                parameter.copy_(values)
+
+
+@register_router("linear")
+class LinearRouter(Router):
+    """logits = W x (Shazeer et al. 2017, without its own noise)."""
+
+    def __init__(
+        self, cfg: MoEConfig, dim: int, *, device: Device = None, dtype: torch.dtype | None = None, **kw: Any
+    ) -> None:
+        super().__init__(cfg, dim, device=device, dtype=dtype, **kw)
+        self.weight = nn.Parameter(torch.empty(cfg.num_experts, dim, device=device, dtype=dtype))
+        self._draw(self.weight, "weight", self.init_std)
+
+    def score(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, E)."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+@register_router("cosine")
+class CosineRouter(Router):
+    """Similarity in a small space (Chi et al. 2022), as in Swin-MoE: cos(P x, m_e)·exp(min(temperature, ln 100)).
+
+    `temperature` is the logarithm of the scale; `sim_matrix` (P, E) holds one direction m_e per expert.
+    """
+
+    def __init__(
+        self, cfg: MoEConfig, dim: int, *, device: Device = None, dtype: torch.dtype | None = None, **kw: Any
+    ) -> None:
+        super().__init__(cfg, dim, device=device, dtype=dtype, **kw)
+        proj_dim = cfg.router.proj_dim
+        place = device or torch.get_default_device()
+        self.projector = nn.utils.skip_init(nn.Linear, dim, proj_dim, device=place, dtype=dtype)
+        self.sim_matrix = nn.Parameter(torch.empty(proj_dim, cfg.num_experts, device=device, dtype=dtype))
+        self.temperature = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self._draw(self.projector.weight, "projector.weight", self.init_std)
+        self._draw(self.sim_matrix, "sim_matrix", 0.01)
+        nn.init.zeros_(self.projector.bias)
+        nn.init.constant_(self.temperature, -math.log(cfg.router.init_temperature))
+
+    def score(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, E)."""
+        projected = F.linear(x, self.projector.weight.to(x.dtype), self.projector.bias.to(x.dtype))
+        cosine = F.normalize(projected, dim=1) @ F.normalize(self.sim_matrix.to(x.dtype), dim=0)
+        return cosine * self.temperature.to(x.dtype).clamp(max=math.log(100)).exp()
