@@ -38,7 +38,8 @@ class Gelu:
 
     def gradient(self, grad: Tensor, pre: Tensor) -> Tensor:
         """(n, F) -> (n, F)."""
-        return torch.ops.aten.gelu_backward(grad, pre)
+        out: Tensor = torch.ops.aten.gelu_backward(grad, pre)
+        return out
 
 
 class SwiGlu:
@@ -48,10 +49,16 @@ class SwiGlu:
 
     def value(self, pre: Tensor) -> Tensor:
         """(n, 2F) -> (n, F)."""
-        value, gate = pre.unflatten(-1, (-1, 2)).unbind(-1)
+        value, gate = _value_and_gate(pre)
         return value * F.silu(gate)
 
     def gradient(self, grad: Tensor, pre: Tensor) -> Tensor:
         """(n, F) -> (n, 2F)."""
-        value, gate = pre.unflatten(-1, (-1, 2)).unbind(-1)
+        value, gate = _value_and_gate(pre)
         return torch.stack((grad * F.silu(gate), torch.ops.aten.silu_backward(grad * value, gate)), dim=-1).flatten(-2)
+
+
+def _value_and_gate(pre: Tensor) -> tuple[Tensor, Tensor]:
+    # No size is left to infer, since a block may be empty.
+    value, gate = pre.view(*pre.shape[:-1], pre.shape[-1] // 2, 2).unbind(-1)
+    return value, gate

@@ -276,8 +276,7 @@ class _WeightGradient:
 
     Safe is: exactly what autograd's own accumulation would have done, and nobody who would have seen the gradient on
     its way. So not under `autograd.grad`, `create_graph`, or tensor hooks; nor while there is no `.grad` yet, when
-    autograd takes our buffer as it is. Hooks of the accumulation node (DDP's) run after this either way and find `.grad`
-    complete.
+    autograd takes our buffer as it is. Hooks of the accumulation node (DDP's) run after this and find `.grad` complete.
     """
 
     def __init__(self, parameter: Tensor, creates_graph: bool) -> None:
@@ -323,7 +322,7 @@ def _may_accumulate(parameter: Tensor) -> bool:
     if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
         return False
     try:
-        # False for a parameter left out of backward(inputs=...); an error under autograd.grad, which leaves .grad alone.
+        # False for a parameter left out of backward(inputs=...); an error under autograd.grad, which keeps off .grad.
         return bool(torch._C._will_engine_execute_node(get_gradient_edge(parameter).node))
     except RuntimeError:
         return False

@@ -86,7 +86,7 @@ class ExpertRows:
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """Stacked expert weights, any number of experts and any slice of the hidden width. Matrices lie as in `nn.Linear`."""
+    """Stacked expert weights: any number of experts, any slice of the hidden width; matrices as in `nn.Linear`."""
 
     fc1: Tensor
     """(e, F, D); SwiGLU (e, 2F, D) with value and gate rows interleaved, so that any slice of F is contiguous."""
@@ -99,9 +99,9 @@ class ExpertWeights:
 
 
 ExpertFn = Callable[[Tensor, "Tensor | None", ExpertWeights], Tensor]
-"""(rows, segments, weights) -> rows. Ragged: rows (N, D) ordered (source, local expert) and segments (S, e) int64 on the
-host; padded: rows (e, n, D) and None. Pure; additive over slices of F; any e >= 1 and any empty segment; every weight
-takes part in the graph whatever the counts are, so that all ranks build the same graph and get every gradient."""
+"""(rows, segments, weights) -> rows. Ragged: rows (N, D) ordered (source, local expert) and segments (S, e) int64 on
+the host; padded: rows (e, n, D) and None. Pure; additive over slices of F; any e >= 1 and any empty segment; every
+weight takes part in the graph whatever the counts are, so that all ranks build one graph and get every gradient."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class ExpertExecution(Protocol):
         ...
 
     def reduce(self, stats: Tensor) -> Tensor:
-        """Sum of `stats` over the ranks that share a batch; its backward is the identity (gradients are summed later)."""
+        """Sum of `stats` over ranks that share a batch; its backward is the identity (gradients are summed later)."""
         ...
 
 
