@@ -82,7 +82,9 @@ def _lines(path: Path) -> Iterator[Line]:
             try:
                 yield json.loads(text)
             except json.JSONDecodeError as error:
-                raise CheckpointError(f"{path}: line {number} is not JSON ({error.msg}); the records file is damaged") from error
+                raise CheckpointError(
+                    f"{path}: line {number} is not JSON ({error.msg}); the records file is damaged"
+                ) from error
 
 
 def read_records(path: Path | str) -> list[Line]:

@@ -1,1 +1,23 @@
-""""""
+"""Training: arms, the loop that drives them, evaluation."""
+
+from swinmoe.train.arm import Arm, make_arm
+from swinmoe.train.evaluate import evaluate
+from swinmoe.train.loop import Job, fit
+from swinmoe.train.progress import Progress
+from swinmoe.train.schedule import Length, planned_steps
+from swinmoe.train.session import Session, open_session
+from swinmoe.train.single import train
+
+__all__ = [
+    "Arm",
+    "Job",
+    "Length",
+    "Progress",
+    "Session",
+    "evaluate",
+    "fit",
+    "make_arm",
+    "open_session",
+    "planned_steps",
+    "train",
+]

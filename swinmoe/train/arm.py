@@ -1,0 +1,322 @@
+"""One model in training with everything that is its own: optimiser, schedule, loss scale, average, counters, randomness.
+
+A run trains one arm; a comparison trains several on the same batches. Accelerate prepares the model only: its shared
+gradient scaler, per-call accumulation counter and scheduler stepping are wrong for several models at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from swinmoe.config import RunConfig
+from swinmoe.data import Batch
+from swinmoe.errors import CheckpointError, NonFiniteLossError
+from swinmoe.models import SwinTransformer, build_model
+from swinmoe.models.counts import ModelCounts, count
+from swinmoe.objectives import Classification, StepResult
+from swinmoe.parallel import (
+    Mesh,
+    apply_expert_parallel,
+    clip_grad_norm,
+    gather_full,
+    global_sum,
+    no_sync,
+    sync_expert_gradients,
+    take_local,
+    wrap_data_parallel,
+)
+from swinmoe.randomness import derive_seed
+from swinmoe.train.diagnose import first_non_finite
+from swinmoe.train.loss_scale import LossScale, make_loss_scale
+from swinmoe.train.metrics import IdleExperts, RoutingMeter
+from swinmoe.train.optim import make_optimizer
+from swinmoe.train.schedule import LearningRate, Length, make_learning_rate
+
+Tensors = dict[str, dict[str, Tensor]]
+
+
+@dataclass
+class Arm:
+    """A model in training. Build it with `make_arm`."""
+
+    name: str
+    run: RunConfig
+    mesh: Mesh
+    device: torch.device
+    raw: SwinTransformer
+    model: nn.Module
+    """`raw` as Accelerate prepared it (wrapped for data parallelism when there are several processes)."""
+    optimizer: AdamW
+    objective: Classification
+    rate: LearningRate
+    length: Length
+    scale: LossScale
+    counts: ModelCounts
+    average: AveragedModel | None
+    autocast: Callable[[], Any]
+    step: int = 0
+    seconds: float = 0.0
+    """Step time only: no loading, no evaluation."""
+    lr: float = 0.0
+    meter: RoutingMeter = field(default_factory=RoutingMeter)
+    idle: IdleExperts = field(default_factory=IdleExperts)
+    history: list[tuple[int, float]] = field(default_factory=list)
+    """(step, mean training loss since the line before) of every log line."""
+    _loss: Tensor | None = None
+    _aux: Tensor | None = None
+    _correct: Tensor | None = None
+    _norm: Tensor | None = None
+    _logged_steps: int = 0
+    _logged_at: float = 0.0
+
+    @property
+    def done(self) -> bool:
+        """True once the arm has trained for its whole length."""
+        return self.length.done(self.step, self.seconds)
+
+    @property
+    def images(self) -> int:
+        """Images trained on so far, over all ranks."""
+        return self.step * self.run.train.batch_size
+
+    @property
+    def flops(self) -> float:
+        """Training FLOPs spent so far, over all ranks (closed form: see `models.counts`)."""
+        return float(self.images) * self.counts.train_flops
+
+    def train_step(self, batches: Sequence[Batch]) -> None:
+        """One optimiser step over this rank's micro-batches.
+
+        Each rank's loss is its local sum over the global image count; gradients are then summed over ranks, so the
+        result does not depend on how many processes share the batch.
+
+        Raises:
+            NonFiniteLossError: on all ranks alike; the parameters are left as they were before this step.
+        """
+        began = self._clock()
+        self.model.train()
+        self.lr = self.rate.at(self.step, self.seconds)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        counted: list[StepResult] = []
+        for micro, batch in enumerate(batches):
+            with no_sync(self.model) if micro + 1 < len(batches) else nullcontext():
+                self.seed_draws(micro)
+                counted.append(self._backward(batch, len(batches)))
+        sync_expert_gradients(self.raw, self.mesh)
+        limit = self.run.optim.clip_grad_norm
+        norm = (
+            clip_grad_norm(self.raw, None if limit is None else limit * self.scale.value, self.mesh) / self.scale.value
+        )
+        finite = bool(torch.isfinite(norm))  # the norm is global: every rank takes the same branch
+        if not finite and not self.scale.dynamic:
+            self.optimizer.zero_grad(set_to_none=False)
+            raise NonFiniteLossError(self._explain_non_finite(batches))
+        if finite:
+            if self.scale.value != 1.0:
+                torch._foreach_div_([p.grad for p in self.raw.parameters() if p.grad is not None], self.scale.value)
+            self.optimizer.step()
+            self._after_update(counted)
+        self.scale.update(overflowed=not finite)
+        self.optimizer.zero_grad(set_to_none=False)
+        self._note(counted, norm)
+        self.step += 1
+        spent = self._clock() - began
+        if self.length.seconds is not None and self.mesh.world > 1:  # ranks must stop at the same step
+            spent = float(self.reduce(torch.tensor([spent], dtype=torch.float64, device=self.device))) / self.mesh.world
+        self.seconds += spent
+
+    def seed_draws(self, micro: int) -> None:
+        """Key every random draw of the coming forward pass by (seed, step, micro-batch, rank): resuming needs no state,
+        and twins draw the same drop paths."""
+        key = (self.run.seed, "step", self.step, micro, self.mesh.rank)
+        torch.manual_seed(derive_seed(*key))
+        for name, layer in self.raw.moe_layers().items():
+            layer.seed_noise(derive_seed(*key, name))
+
+    def take_log(self) -> dict[str, Any]:
+        """Numbers of a `step` record since the last call, reduced over all ranks (all ranks must call it)."""
+        steps = max(1, self._logged_steps)
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        values = torch.stack([zero if v is None else v for v in (self._loss, self._correct, self._aux)])
+        loss, correct, aux = self.reduce(values).tolist()
+        routing = self.meter.take(self.reduce)
+        dead = self.idle.dead(self.run.train.dead_expert_window, self.reduce)
+        for layer, numbers in routing.items():
+            numbers["dead_experts"] = dead.get(layer, 0)
+        images = steps * self.run.train.batch_size
+        self.history.append((self.step, loss / images))
+        spent = self.seconds - self._logged_at
+        self._loss = self._correct = self._aux = None
+        self._logged_steps, self._logged_at = 0, self.seconds
+        return {
+            "loss": loss / images,
+            "accuracy": correct / images,
+            "aux_loss": aux / self.mesh.world / steps,
+            "grad_norm": float(self._norm) if self._norm is not None else None,
+            "lr": self.lr,
+            "images": self.images,
+            "flops": self.flops,
+            "seconds": self.seconds,
+            "images_per_second": images / spent if spent > 0 else None,
+            "routing": routing,
+        }
+
+    def reduce(self, vector: Tensor) -> Tensor:
+        """Sum over all ranks, without gradient."""
+        return global_sum(vector, self.mesh)
+
+    def evaluated(self) -> SwinTransformer:
+        """The model that evaluation judges: the moving average if there is one."""
+        return self.average.module if self.average is not None else self.raw
+
+    def state(self) -> tuple[Tensors, dict[str, Any]]:
+        """Everything to go on from, as (tensors by file, JSON values). All ranks must call it; experts are whole."""
+        parameters = dict(self.raw.named_parameters())
+        tensors: Tensors = {"model": self._whole(self.raw.state_dict()), "optimizer": {}}
+        for name, parameter in parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                whole = gather_full(value, parameter, self.mesh) if value.shape == parameter.shape else value
+                tensors["optimizer"][f"{name}#{key}"] = whole
+        if self.average is not None:
+            tensors["average"] = self._whole(self.average.module.state_dict())
+            tensors["average"]["#n_averaged"] = self.average.n_averaged
+        values = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "loss_scale": [self.scale.value, self.scale.good_steps],
+            "idle": self.idle.state(),
+            "history": self.history,
+        }
+        return tensors, values
+
+    def load(self, tensors: Tensors, values: dict[str, Any]) -> None:
+        """Back to a `state()`, from any number of processes."""
+        parameters = dict(self.raw.named_parameters())
+        _load_strict(self.raw, self._local(tensors["model"]), "model")
+        for name, parameter in parameters.items():
+            prefix = f"{name}#"
+            saved = {k.removeprefix(prefix): v for k, v in tensors["optimizer"].items() if k.startswith(prefix)}
+            if saved:
+                whole = {
+                    k: take_local(v, parameter, self.mesh) if v.ndim == parameter.ndim and v.ndim else v
+                    for k, v in saved.items()
+                }
+                self.optimizer.state[parameter] = {k: v.to(self.device) for k, v in whole.items()}
+        if self.average is not None:
+            if "average" not in tensors:
+                raise CheckpointError("train.ema_decay is set but the checkpoint holds no moving average")
+            saved = dict(tensors["average"])
+            self.average.n_averaged.copy_(saved.pop("#n_averaged"))
+            _load_strict(self.average.module, self._local(saved), "average")
+        self.step, self.seconds = values["step"], values["seconds"]
+        self._logged_at = self.seconds
+        self.scale.value, self.scale.good_steps = values["loss_scale"]
+        self.idle.load(values["idle"])
+        self.history = [(int(step), float(loss)) for step, loss in values["history"]]
+
+    def _backward(self, batch: Batch, micro_batches: int) -> StepResult:
+        with self.autocast():
+            result = self.objective(self.model, batch)
+        moe = self.run.model.moe
+        # A global balance loss is the same on every rank and its gradient is summed: it counts once. A local one is
+        # each rank's own: the mean over ranks counts.
+        shares = self.mesh.world if moe is not None and moe.losses.batch == "local" else 1
+        loss = result.loss_sum / self.run.train.batch_size + result.aux_loss / (micro_batches * shares)
+        (loss * self.scale.value).backward()
+        return result
+
+    def _after_update(self, counted: Sequence[StepResult]) -> None:
+        for name, layer in self.raw.moe_layers().items():
+            if layer.cfg.router.bias_update_rate > 0:
+                layer.update_bias(self.reduce(torch.stack([r.routing[name].routed for r in counted]).sum(0)))
+        if self.average is not None:
+            self.average.update_parameters(self.raw)
+
+    def _note(self, counted: Sequence[StepResult], norm: Tensor) -> None:
+        for result in counted:
+            self.meter.add(result.routing)
+            self.idle.add(result.routing)
+        self.idle.step()
+        loss = torch.stack([r.loss_sum.detach().double() for r in counted]).sum()
+        aux = torch.stack([r.aux_loss.detach().double() for r in counted]).mean()
+        correct = torch.stack([r.correct.double() for r in counted]).sum()
+        self._loss = loss if self._loss is None else self._loss + loss
+        self._aux = aux if self._aux is None else self._aux + aux
+        self._correct = correct if self._correct is None else self._correct + correct
+        self._norm = norm
+        self._logged_steps += 1
+
+    def _explain_non_finite(self, batches: Sequence[Batch]) -> str:
+        for micro, batch in enumerate(batches):
+            self.seed_draws(micro)
+            where = first_non_finite(self.raw, lambda b=batch: self.objective(self.raw, b), self.autocast)
+            if where:
+                break
+        else:
+            where = "the backward pass (every forward value is finite)"
+        return (
+            f"arm {self.name!r}: the loss or its gradient is not finite at step {self.step + 1}, first in {where}; the "
+            "update was not applied and the last checkpoint is kept. Lower optim.base_lr, lengthen the warm-up, or use "
+            "train.precision: fp32"
+        )
+
+    def _whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        parameters = dict(self.raw.named_parameters())
+        return {k: gather_full(v, parameters[k], self.mesh) if k in parameters else v for k, v in state.items()}
+
+    def _local(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        parameters = dict(self.raw.named_parameters())
+        return {k: take_local(v, parameters[k], self.mesh) if k in parameters else v for k, v in state.items()}
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def make_arm(name: str, run: RunConfig, mesh: Mesh, accelerator: Any, length: Length, steps_per_epoch: int) -> Arm:
+    """Build, spread and wrap the model of `run`, with its optimiser and schedule.
+
+    `accelerator` is `runtime.make_accelerator(...)`'s; initial weights depend on `run.seed` and parameter names only.
+    """
+    device = accelerator.device
+    dtype = torch.float64 if run.train.precision == "fp64" else torch.float32
+    raw = build_model(run.model, seed=run.seed, device=device, dtype=dtype)
+    apply_expert_parallel(raw, mesh)
+    decay = run.train.ema_decay
+    average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay is not None else None
+    if average is not None:
+        average.requires_grad_(False)
+    return Arm(
+        name=name,
+        run=run,
+        mesh=mesh,
+        device=device,
+        raw=raw,
+        model=wrap_data_parallel(raw, mesh, accelerator),
+        optimizer=make_optimizer(raw, run.optim),
+        objective=Classification(label_smoothing=run.train.label_smoothing),
+        rate=make_learning_rate(run.optim, run.schedule, run.train, length, steps_per_epoch),
+        length=length,
+        scale=make_loss_scale(run.train.precision),
+        counts=count(run.model),
+        average=average,
+        autocast=accelerator.autocast,
+    )
+
+
+def _load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint's {what} does not fit this config: {error}") from error

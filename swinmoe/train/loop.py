@@ -1,0 +1,221 @@
+"""The training loop: one or several arms on the same batches, in lockstep, resumable to the bit.
+
+Every random draw is keyed by (seed, step ...), every batch by (seed, epoch, index), so a checkpoint holds no generator
+state and a resumed run repeats an uninterrupted one exactly.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swinmoe.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from swinmoe.config import RunConfig
+from swinmoe.config.io import to_tree
+from swinmoe.data import Batch, DataBundle, TrainStream
+from swinmoe.errors import CheckpointError
+from swinmoe.parallel import Mesh
+from swinmoe.records import RunRecord
+from swinmoe.train.arm import Arm
+from swinmoe.train.evaluate import evaluate
+from swinmoe.train.place import place
+from swinmoe.train.progress import Progress
+
+MAY_DIFFER_ON_RESUME = ("resume", "output_dir", "name", "log", "checkpoint", "parallel")
+"""Top-level config keys that do not change what is computed."""
+
+
+@dataclass
+class Job:
+    """What the arms of one seed share."""
+
+    run: RunConfig
+    """Data, batch, logging and checkpoint settings; equal for all arms."""
+    mesh: Mesh
+    bundle: DataBundle
+    stream: TrainStream
+    records: RunRecord
+    checkpoints: Path
+    resume: str
+    progress: Progress
+    peak_flops: float | None = None
+    tracker: Any = None
+    """Something with `log(values, step)`: Accelerate's trackers; None for none."""
+
+
+def fit(job: Job, arms: Sequence[Arm]) -> None:
+    """Train `arms` to their lengths on the same batches, strictly one after another within a step.
+
+    The order alternates from step to step, so that a machine whose speed drifts treats the arms alike; an arm that is
+    done idles. Writes `step`, `eval` and `final` records and checkpoints.
+
+    Raises:
+        NonFiniteLossError: an arm's loss left the finite numbers; earlier checkpoints are kept.
+        CheckpointError: the checkpoint to resume from does not fit.
+    """
+    step = restore(job, arms)
+    limits = [arm.length.steps for arm in arms]
+    stop = sys.maxsize if None in limits else max(n for n in limits if n is not None)
+    waited = time.perf_counter()
+    with job.progress.open([(arm.name, arm.length.steps) for arm in arms]):
+        for micro_batches in job.stream.iterate(step, stop):
+            batches = tuple(place(b, arms[0].device, job.run.train.precision) for b in micro_batches)
+            wait = time.perf_counter() - waited
+            running = [arm for arm in arms if not arm.done]
+            for arm in running if step % 2 == 0 else reversed(running):
+                arm.train_step(batches)
+            step += 1
+            job.progress.stepped(waited=wait, worked=time.perf_counter() - waited - wait)
+            _after_step(job, arms, running, step, batches)
+            if all(arm.done for arm in arms):
+                break
+            waited = time.perf_counter()
+
+
+def _after_step(job: Job, arms: Sequence[Arm], running: Sequence[Arm], step: int, batches: Sequence[Batch]) -> None:
+    save_now = _saves_at(job, step) or all(arm.done for arm in arms)
+    for arm in running:
+        if save_now or arm.done or step % job.run.log.every_steps == 0:
+            _log_step(job, arm)
+        if arm.done or _evaluates_at(job, step):
+            _log_evaluation(job, arm)
+        job.progress.advance(arm)
+    if save_now:
+        save(job, arms, step)
+
+
+def _evaluates_at(job: Job, step: int) -> bool:
+    every = job.run.train.eval_every_epochs
+    return every is not None and step % max(1, round(every * job.stream.steps_per_epoch)) == 0
+
+
+def _saves_at(job: Job, step: int) -> bool:
+    settings, epoch = job.run.checkpoint, job.stream.steps_per_epoch
+    at_step = settings.every_steps > 0 and step % settings.every_steps == 0
+    at_epoch = settings.every_epochs > 0 and step % (settings.every_epochs * epoch) == 0
+    return at_step or at_epoch
+
+
+def _log_step(job: Job, arm: Arm) -> None:
+    numbers = arm.take_log()
+    rate, peak = numbers["images_per_second"], job.peak_flops
+    numbers |= {
+        "data_wait": job.progress.wait_share(),
+        "mfu": rate * arm.counts.train_flops / (peak * job.mesh.world) if rate and peak else None,
+        "peak_memory_bytes": peak_memory_bytes(arm.device),
+    }
+    epoch = arm.step / job.stream.steps_per_epoch
+    job.records.write("step", arm=arm.name, seed=arm.run.seed, step=arm.step, epoch=epoch, **numbers)
+    job.progress.logged(arm, numbers)
+    if job.tracker is not None:
+        flat = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
+        for layer, values in numbers["routing"].items():
+            flat |= {f"{layer}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        job.tracker.log({f"{arm.name}/{k}": v for k, v in flat.items()}, step=arm.step)
+
+
+def _log_evaluation(job: Job, arm: Arm) -> None:
+    found = evaluate(arm, job.bundle.eval, job.run.train.eval_batch_size, job.run.data.workers)
+    place_in_run = {
+        "step": arm.step,
+        "epoch": arm.step / job.stream.steps_per_epoch,
+        "images": arm.images,
+        "flops": arm.flops,
+        "seconds": arm.seconds,
+    }
+    owner = {"arm": arm.name, "seed": arm.run.seed}
+    job.records.write("eval", **owner, **place_in_run, split=job.bundle.eval_split, **found)
+    job.progress.evaluated(arm, found)
+    if job.tracker is not None:
+        values = {f"{arm.name}/eval_{k}": found[k] for k in ("loss", "accuracy")}
+        job.tracker.log(values, step=arm.step)
+    if arm.done:
+        reason = "trained for its steps" if arm.length.steps is not None else "used its seconds"
+        job.records.write(
+            "final", **owner, step=arm.step, loss=final_loss(arm), accuracy=found["accuracy"], reason=reason
+        )
+
+
+def final_loss(arm: Arm) -> float | None:
+    """Mean training loss over the last tenth of the arm's steps (single batches are noisy)."""
+    since = arm.step * 0.9
+    spans = [
+        (step - before, loss)
+        for (before, _), (step, loss) in zip([(0, 0.0), *arm.history], arm.history, strict=False)
+        if step > since
+    ]
+    weight = sum(n for n, _ in spans)
+    return sum(n * loss for n, loss in spans) / weight if weight else None
+
+
+def save(job: Job, arms: Sequence[Arm], step: int) -> None:
+    """Checkpoint all arms at `step`; every rank takes part, the main one writes."""
+    tensors, values = {}, {}
+    for arm in arms:
+        own, values[arm.name] = arm.state()
+        tensors |= {f"{arm.name}/{stem}": group for stem, group in own.items()}
+    if job.mesh.rank == 0:
+        configs = {arm.name: to_tree(arm.run) for arm in arms}
+        state = {"arms": values, "configs": configs}
+        save_checkpoint(job.checkpoints, step, tensors, state, job.run.checkpoint.keep_last)
+
+
+def restore(job: Job, arms: Sequence[Arm]) -> int:
+    """Load the checkpoint that `resume` asks for into the arms; returns the step to go on from (0 for a fresh start)."""
+    if job.resume == "never":
+        return 0
+    path = latest_checkpoint(job.checkpoints) if job.resume == "auto" else Path(job.resume)
+    if path is not None:
+        checkpoint = load_checkpoint(path)
+        for arm in arms:
+            if arm.name not in checkpoint.state["arms"]:
+                known = sorted(checkpoint.state["arms"])
+                raise CheckpointError(f"checkpoint {str(path)!r} has no arm {arm.name!r}; it holds {known}")
+            _check_same(path, checkpoint.state["configs"][arm.name], to_tree(arm.run))
+            prefix = f"{arm.name}/"
+            own = {k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)}
+            arm.load(own, checkpoint.state["arms"][arm.name])
+    step = 0 if path is None else checkpoint.step
+    for arm in arms:
+        job.records.write("superseded", arm=arm.name, seed=arm.run.seed, after_step=step)
+    job.progress.say(f"resumed at step {step} from {path}" if path else "no complete checkpoint: starting afresh")
+    return step
+
+
+def _check_same(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    differing = [
+        f"{key} (saved {old!r}, now {new!r})"
+        for key, (old, new) in _differences(saved, now).items()
+        if key.split(".")[0] not in MAY_DIFFER_ON_RESUME
+    ]
+    if differing:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} was made by another config: {'; '.join(differing[:6])}. Go on with the same config, "
+            "or start a new run under another name"
+        )
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    out: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(set(a) | set(b)):
+        x, y, name = a.get(key), b.get(key), f"{prefix}{key}"
+        if isinstance(x, Mapping) and isinstance(y, Mapping):
+            out |= _differences(x, y, f"{name}.")
+        elif x != y:
+            out[name] = (x, y)
+    return out
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: allocated on the device for CUDA, the process's resident set for CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -1,0 +1,158 @@
+"""What surrounds training: processes, output folder, records, data. Shared by `train` and `compare`."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swinmoe.config import RunConfig
+from swinmoe.config.io import dump, to_tree
+from swinmoe.data import DataBundle, TrainStream, build_data
+from swinmoe.errors import ConfigError
+from swinmoe.parallel import Mesh, make_mesh
+from swinmoe.records import RunRecord
+from swinmoe.runtime import agree, describe_environment, make_accelerator, stop_processes
+from swinmoe.train.arm import Arm
+from swinmoe.train.loop import Job
+from swinmoe.train.peak import measure_peak_flops
+from swinmoe.train.progress import Progress
+
+
+@dataclass
+class Session:
+    """One process's view of a job."""
+
+    run: RunConfig
+    folder: Path
+    resume: str
+    accelerator: Any
+    mesh: Mesh
+    records: RunRecord
+    progress: Progress
+    peak_flops: float | None
+
+    @property
+    def main(self) -> bool:
+        """True on the process that writes."""
+        return self.mesh.rank == 0
+
+    def job(self, run: RunConfig, name: str = "") -> Job:
+        """Data and checkpoints for the arms of one seed; `name` separates the seeds' checkpoints."""
+        bundle = build_data(run.data, seed=run.seed)
+        check_data_fits(run, bundle)
+        return Job(
+            run=run,
+            mesh=self.mesh,
+            bundle=bundle,
+            stream=make_stream(run, bundle, self.mesh),
+            records=self.records,
+            checkpoints=self.folder / "checkpoints" / name,
+            resume=self.resume,
+            progress=self.progress,
+            peak_flops=self.peak_flops,
+            tracker=self.accelerator if run.log.tensorboard else None,
+        )
+
+    def describe(self, arm: Arm) -> None:
+        """Write the `arm` record: what is being trained, in numbers."""
+        counts, moe = arm.counts, arm.run.model.moe
+        self.records.write(
+            "arm",
+            arm=arm.name,
+            seed=arm.run.seed,
+            params_total=counts.total,
+            params_active=counts.active,
+            flops_per_image=counts.flops,
+            train_flops_per_image=counts.train_flops,
+            moe_layers=list(arm.raw.moe_layers()),
+            num_experts=moe.num_experts if moe else 0,
+            top_k=moe.top_k if moe else 0,
+            steps=arm.length.steps,
+            config=to_tree(arm.run),
+        )
+
+
+def make_stream(run: RunConfig, bundle: DataBundle, mesh: Mesh) -> TrainStream:
+    """The training batches of `run` for this rank."""
+    return TrainStream(
+        bundle.train,
+        data=run.data,
+        batch_size=run.train.batch_size,
+        accumulation=run.train.accumulation,
+        rank=mesh.rank,
+        world=mesh.world,
+        seed=run.seed,
+        num_classes=bundle.num_classes,
+        label_smoothing=run.train.label_smoothing,
+    )
+
+
+def check_data_fits(run: RunConfig, bundle: DataBundle) -> None:
+    """Model and data agree on channels, classes and size; `ConfigError` says which key to change."""
+    if run.model.in_chans != bundle.channels:
+        raise ConfigError(
+            f"model.in_chans={run.model.in_chans} but {run.data.name} images have {bundle.channels} channels; set "
+            f"model.in_chans={bundle.channels} or data.channels={run.model.in_chans}"
+        )
+    if run.model.num_classes < bundle.num_classes:
+        raise ConfigError(
+            f"model.num_classes={run.model.num_classes} but {run.data.name} has {bundle.num_classes} classes; set "
+            f"model.num_classes={bundle.num_classes}"
+        )
+    if run.model.img_size != run.data.image_size:
+        raise ConfigError(
+            f"model.img_size={run.model.img_size} and data.image_size={run.data.image_size} differ; make them equal"
+        )
+
+
+@contextmanager
+def open_session(
+    command: str, run: RunConfig, *, config: Any, folder: Path, resume: str, show: bool
+) -> Iterator[Session]:
+    """Start (or join) the job: process group, folder, records. `config` is what the run record keeps whole.
+
+    Raises:
+        ConfigError: the folder is already used and `resume` is `never`.
+        DistributedError: ranks were started with different configs.
+    """
+    accelerator = make_accelerator(
+        run.train.precision, tensorboard_dir=folder / "tensorboard" if run.log.tensorboard else None
+    )
+    mesh = make_mesh(run.parallel, None)
+    agree(hashlib.sha256(dump(config).encode()).hexdigest()[:12], "config")
+    path = folder / "records.jsonl"
+    used = path.exists()
+    agree(str(used), "state of the output folder (used before)")
+    if used and resume == "never":
+        raise ConfigError(
+            f"output folder {str(folder)!r} already holds a run; use resume=auto to go on with it, or another name= or "
+            "output_dir="
+        )
+    records = RunRecord(path if mesh.rank == 0 else None)
+    session = Session(
+        run=run,
+        folder=folder,
+        resume=resume,
+        accelerator=accelerator,
+        mesh=mesh,
+        records=records,
+        progress=Progress(show=show and mesh.rank == 0),
+        peak_flops=run.log.peak_flops or measure_peak_flops(accelerator.device, run.train.precision),
+    )
+    if run.log.tensorboard:
+        accelerator.init_trackers(run.name)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    environment = describe_environment()
+    records.write("run", command=command, name=folder.name, config=to_tree(config), environment=environment, time=now)
+    if session.main:
+        (folder / "config.yaml").write_text(dump(config))
+    yield session
+    # Only after success: a rank that failed must not wait for its peers here.
+    if run.log.tensorboard:
+        accelerator.end_training()
+    stop_processes()

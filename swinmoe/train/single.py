@@ -1,0 +1,27 @@
+"""`swinmoe train`: one arm from a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from swinmoe.config import RunConfig
+from swinmoe.train.arm import Arm, make_arm
+from swinmoe.train.loop import fit
+from swinmoe.train.schedule import Length, planned_steps
+from swinmoe.train.session import open_session
+
+
+def train(run: RunConfig, *, show: bool = True) -> tuple[Path, Arm]:
+    """Train the model of `run`; returns its output folder (records, checkpoints, config) and the trained arm.
+
+    Raises:
+        SwinMoEError: see `open_session`, `make_arm` and `fit`.
+    """
+    folder = Path(run.output_dir) / run.name
+    with open_session("train", run, config=run, folder=folder, resume=run.resume, show=show) as session:
+        job = session.job(run)
+        length = Length(steps=planned_steps(run.train, job.stream.steps_per_epoch))
+        arm = make_arm("model", run, session.mesh, session.accelerator, length, job.stream.steps_per_epoch)
+        session.describe(arm)
+        fit(job, [arm])
+    return folder, arm
