@@ -116,7 +116,7 @@ def _download(root: Path) -> Path:
             FashionMNIST(scratch, download=True)
             if target.is_dir() and not _complete(target / "raw"):
                 shutil.rmtree(target)
-            with contextlib.suppress(FileExistsError, OSError):  # another rank was first: its copy is as good
+            with contextlib.suppress(OSError):  # another rank was first: its copy is as good
                 (Path(scratch) / "FashionMNIST").rename(target)
     except (OSError, RuntimeError) as error:
         raise DataError(

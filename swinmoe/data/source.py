@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from swinmoe.errors import DataError
@@ -59,7 +59,7 @@ class FileSource:
         try:
             with Image.open(path) as image:
                 return image.convert("RGB")
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError) as error:
             raise DataError(f"image {path} cannot be decoded ({error}); replace or delete it") from error
 
 

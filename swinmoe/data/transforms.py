@@ -40,9 +40,9 @@ def resize_and_crop(image: Image.Image, size: Size) -> Image.Image:
     width, height = image.size
     goal = tuple(round(side * 256 / 224) for side in size)
     if goal[0] * width >= goal[1] * height:  # the height binds
-        scaled = (goal[0], int(goal[0] * width / height))
+        scaled = (goal[0], goal[0] * width // height)
     else:
-        scaled = (int(goal[1] * height / width), goal[1])
+        scaled = (goal[1] * height // width, goal[1])
     image = resize(image, scaled)
     top, left = round((scaled[0] - size[0]) / 2), round((scaled[1] - size[1]) / 2)
     return image.crop((left, top, left + size[1], top + size[0]))
@@ -175,7 +175,7 @@ def _rand_augment(
 ) -> Callable[[Image.Image], Image.Image] | None:
     if cfg.rand_augment is None:
         return None
-    from timm.data.auto_augment import rand_augment_transform
+    from timm.data import auto_augment
 
     fill = tuple(round(255 * value) for value in mean)
     settings = {
@@ -186,13 +186,22 @@ def _rand_augment(
     try:
         if not cfg.rand_augment.startswith("rand"):
             raise ValueError("it does not start with 'rand'")
-        augment: Callable[[Image.Image], Image.Image] = rand_augment_transform(cfg.rand_augment, settings)
+        augment = auto_augment.rand_augment_transform(cfg.rand_augment, settings)
     except (AssertionError, ValueError, KeyError) as error:
         raise ConfigError(
             f"data.augment.rand_augment={cfg.rand_augment!r} is not a RandAugment that timm knows "
             f"({error or 'unknown part'}); use e.g. rand-m9-mstd0.5-inc1, or null"
         ) from error
-    return augment
+    for op in augment.ops:
+        if op.aug_fn is auto_augment.posterize:
+            op.aug_fn = _posterize
+    transform: Callable[[Image.Image], Image.Image] = augment
+    return transform
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Keeps at least one bit: timm may ask for none, which Pillow 13 refuses and older ones paint black."""
+    return ImageOps.posterize(image, min(max(bits, 1), 8))
 
 
 def _color_jitter(cfg: AugmentConfig) -> Callable[[Image.Image], Image.Image] | None:
