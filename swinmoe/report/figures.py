@@ -21,12 +21,12 @@ from swinmoe.report.wording import duration_of, prefix_of
 
 SMOOTH_FROM = 40
 """Curves with at least so many points are averaged over a twentieth of their length, and set their frame without the
-first twentieth, in which the loss falls from a height that would flatten everything after it."""
+first eighth, in which the loss falls from a height that would flatten everything after it."""
 AXES = ("step", "flops", "seconds")
 
 
-def curve_figure(curves: Curves, label: str, theme: Theme, summary: Summary, *, percent: bool = False) -> Figure:
-    """Three panels that share their vertical axis: thin lines are seeds, the strong line their mean, the band its interval.
+def curve_figure(curves: Curves, label: str, theme: Theme, *, summary: Summary, percent: bool = False) -> Figure:
+    """Three panels with one vertical axis: thin lines are seeds, the strong line is their mean, the band its interval.
 
     Args:
         curves: arm -> seed -> curve, at least one.
@@ -45,7 +45,7 @@ def curve_figure(curves: Curves, label: str, theme: Theme, summary: Summary, *, 
             _draw(axes, name, seeds, averaged[arm], colours[arm], factor, scale)
         axes.set_title(title)
         axes.margins(x=0.02)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
     panels[0].set_ylim(*_frame(curves, scale))
     panels[0].set_ylabel(f"{label}, %" if percent else label)
     ends = {arm: float(mean_curve(seeds, "step")[1][-1]) * scale for arm, seeds in averaged.items()}
@@ -110,8 +110,10 @@ def _draw(
 
 def _frame(curves: Curves, scale: float) -> tuple[float, float]:
     """Vertical limits from the seeds' own lines: an interval over few seeds can dwarf them."""
-    runs = [curve.value for seeds in curves.values() for curve in seeds.values()]
-    settled = np.concatenate([v[len(v) // 20 :] if len(v) >= SMOOTH_FROM else v for v in runs]) * scale
+    runs = [curve for seeds in curves.values() for curve in seeds.values()]
+    longest = max(runs, key=lambda curve: len(curve.value))
+    start = longest.step[-1] / 8 if len(longest.value) >= SMOOTH_FROM else 0.0
+    settled = np.concatenate([curve.value[curve.step >= start] for curve in runs]) * scale
     low, high = float(settled.min()), float(settled.max())
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
     return low - margin, high + margin

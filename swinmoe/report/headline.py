@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from swinmoe.report.interval import Estimate
 from swinmoe.report.summarise import ArmSummary, Difference, Summary
 from swinmoe.report.wording import duration, number, ratio, scaled, signed, spread
@@ -16,24 +19,41 @@ _MATCHED = {
 }
 
 
-def headline(summary: Summary) -> str:
-    """One paragraph for the top of the report and the command line's last words."""
+@dataclass(frozen=True)
+class Headline:
+    """What stands at the top of the report and in the command line's last words."""
+
+    status: str
+    """Where an unfinished run stands; empty when all is done."""
+    findings: tuple[str, ...]
+    """One per comparison."""
+    basis: str
+    """What the intervals rest on; empty where there is no comparison."""
+
+    @property
+    def text(self) -> str:
+        return " ".join(part for part in (self.status, *self.findings, self.basis) if part)
+
+
+def headline(summary: Summary) -> Headline:
+    """The sentences for a summary, whatever it holds."""
     if not summary.arms:
-        return "No arm has written a record yet."
-    told = [compared(summary, d) for d in summary.differences] or [alone(summary.arms[0])]
-    return " ".join([*([standing(summary)] if not summary.finished else []), *told])
+        return Headline("", ("No arm has written a record yet.",), "")
+    findings = tuple(compared(summary, d) for d in summary.differences) or (alone(summary.arms[0], summary.split),)
+    return Headline("" if summary.finished else standing(summary), findings, _basis(summary.differences))
 
 
 def standing(summary: Summary) -> str:
     """Where an unfinished run stands."""
-    where = [
-        f"{p.arm} seed {p.seed}: {p.steps} of {p.planned or '?'} steps" for p in summary.progress if not p.finished
-    ]
-    shown = "; ".join(where[:4]) + (f"; and {len(where) - 4} more" if len(where) > 4 else "")
-    return f"Unfinished ({shown}); the numbers so far:"
+    going = [p for p in summary.progress if not p.finished]
+    done = len(summary.progress) - len(going)
+    where = [f"{p.arm} seed {p.seed} at step {p.steps} of {p.planned or 'an unknown number'}" for p in going]
+    shown = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
+    basis = "finished seeds count, where an arm has any" if done else "numbers so far"
+    return f"Unfinished: {done} of {len(summary.progress)} runs are done ({shown} to come; {basis})."
 
 
-def alone(arm: ArmSummary) -> str:
+def alone(arm: ArmSummary, split: str) -> str:
     """A run without a twin."""
     size = f"{scaled(arm.params_total)} parameters"
     if arm.sparse and arm.params_active is not None:
@@ -44,10 +64,11 @@ def alone(arm: ArmSummary) -> str:
     steps = f" after {round(arm.steps.mean):,} steps" if arm.steps else ""
     parts.append(f"reached a training loss of {spread(arm.loss, 3)}{steps}")
     if arm.accuracy is not None:
-        parts.append(f"and {spread(arm.accuracy, 1, 100)} % test accuracy")
+        parts.append(f"and {spread(arm.accuracy, 1, 100)} % {split} accuracy")
     if arm.seconds is not None:
         parts.append(f"in {duration(arm.seconds.mean)} of step time")
-    return " ".join(parts) + f" ({_basis(len(arm.seeds), paired=False)}). There is no second arm to compare it with."
+    seeds = "single seed" if len(arm.seeds) == 1 else f"mean ± 95 % t interval over {len(arm.seeds)} seeds"
+    return f"{' '.join(parts)} ({seeds}). There is no second arm to compare it with."
 
 
 def compared(summary: Summary, d: Difference) -> str:
@@ -57,11 +78,11 @@ def compared(summary: Summary, d: Difference) -> str:
     outcome = [text for text in (_loss(d), _accuracy(d)) if text]
     ended = "ended" if summary.finished else "stands"
     if outcome:
-        sentences.append(f"It {ended} with {' and '.join(outcome)}, {_basis(len(d.seeds), paired=True)}.")
+        sentences.append(f"It {ended} with {' and '.join(outcome)}.")
     else:
         sentences.append("No seed has results of both arms yet.")
     if d.time_per_image is not None:
-        sentences.append(f"It took {ratio(d.time_per_image)} the time per training image.")
+        sentences.append(f"It takes {ratio(d.time_per_image)} the time per training image.")
     return " ".join(sentences)
 
 
@@ -118,7 +139,14 @@ def _points(value: Estimate) -> str:
     return f"{text} points"
 
 
-def _basis(count: int, *, paired: bool) -> str:
-    if count == 1:
-        return "on a single seed, so no interval and no claim beyond it" if paired else "a single seed, so no interval"
-    return f"mean ± 95 % t interval over {count} {'paired ' if paired else ''}seeds"
+def _basis(differences: Sequence[Difference]) -> str:
+    counts = {d.arm: len(d.seeds) for d in differences if d.loss or d.accuracy}
+    if not counts:
+        return ""
+    distinct = set(counts.values())
+    if distinct == {1}:
+        return "This is a single seed: no interval, so no telling effect from chance."
+    if len(distinct) == 1:
+        return f"Means ± 95 % t intervals over {distinct.pop()} paired seeds."
+    each = ", ".join(f"{arm}: {count}" for arm, count in counts.items())
+    return f"Means ± 95 % t intervals over paired seeds ({each}); a single seed has no interval."

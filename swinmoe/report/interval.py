@@ -13,7 +13,7 @@ from scipy import stats
 CONFIDENCE = 0.95
 
 Verdict = Literal["better", "worse", "noise", "single"]
-"""Of a difference: its interval lies on the good side of zero, on the bad side, around it; or one seed has no interval."""
+"""Of a difference: its interval lies on the good side of zero, on the bad side or around it; one seed has none."""
 
 
 @dataclass(frozen=True)

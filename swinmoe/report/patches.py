@@ -105,7 +105,7 @@ def patch_sheet(shown: Sequence[Sample], num_experts: int, theme: Theme) -> byte
                     sheet.paste(cell, (left, top + head + row * (CELL + GAP)))
     _legend(draw, colours, per_legend, margin + side, margin + len(blocks) * block_height, small, theme)
     buffer = io.BytesIO()
-    sheet.quantize(256, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
+    sheet.save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -22,7 +22,14 @@ from swinmoe.report import wording
 from swinmoe.report.figures import curve_figure
 from swinmoe.report.headline import headline
 from swinmoe.report.patches import patch_sheet, samples
-from swinmoe.report.routing_figures import ClassTable, class_figure, class_tables, health_figure, load_figure
+from swinmoe.report.routing_figures import (
+    ClassTable,
+    class_figure,
+    class_tables,
+    health_figure,
+    health_metrics,
+    load_figure,
+)
 from swinmoe.report.series import (
     Line,
     evaluated_weights,
@@ -45,7 +52,7 @@ class ReportPaths:
     html: Path
     figures: tuple[Path, ...]
     headline: str
-    """The report's first sentence, for a terminal."""
+    """What the report shows, in a few sentences, for a terminal."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ def write_report(records_path: Path, output_dir: Path) -> ReportPaths:
     markdown, html = output_dir / "report.md", output_dir / "report.html"
     _write(markdown, _templates(autoescape=False).get_template("report.md.j2").render(context).encode())
     _write(html, _templates(autoescape=True).get_template("report.html.j2").render(context).encode())
-    return ReportPaths(markdown, html, tuple(output_dir / p.file for p in pictures), context["headline"])
+    return ReportPaths(markdown, html, tuple(output_dir / p.file for p in pictures), context["headline"].text)
 
 
 def _context(records: Sequence[Line], numbers: Summary, pictures: list[Picture]) -> dict[str, Any]:
@@ -122,6 +129,8 @@ def _context(records: Sequence[Line], numbers: Summary, pictures: list[Picture])
         "facts": _facts(run, numbers),
         "environment": _flat(run.get("environment") or {}),
         "notes": [str(line["text"]) for line in records if line["kind"] == "note" and line.get("text")],
+        "light": LIGHT,
+        "dark": DARK,
         "version": __version__,
     }
 
@@ -130,18 +139,16 @@ def _curves(records: Sequence[Line], numbers: Summary, pictures: list[Picture]) 
     """Loss, held-out accuracy (training accuracy where nothing was evaluated) and held-out loss."""
     wanted = {
         "loss": (training_curves(records, "loss"), "training loss", False),
-        "accuracy": (evaluation_curves(records, "accuracy"), "test accuracy", True),
-        "test_loss": (evaluation_curves(records, "loss"), "test loss", False),
+        "accuracy": (evaluation_curves(records, "accuracy"), f"{numbers.split} accuracy", True),
+        "test_loss": (evaluation_curves(records, "loss"), f"{numbers.split} loss", False),
     }
     if not wanted["accuracy"][0]:
         wanted["accuracy"] = (training_curves(records, "accuracy"), "training accuracy", True)
     out = {}
-    for name, (curves, label, percent) in wanted.items():
-        if curves:
-            draw = partial(
-                _drawn, lambda theme, c=curves, t=label, p=percent: curve_figure(c, t, theme, numbers, percent=p)
-            )
-            out[name] = _picture(pictures, name, f"{label.capitalize()} of every arm", draw)
+    for name, (values, label, percent) in wanted.items():
+        if values:
+            make = partial(curve_figure, values, label, summary=numbers, percent=percent)
+            out[name] = _picture(pictures, name, f"{label.capitalize()} of every arm", partial(_drawn, make))
     return out
 
 
@@ -156,37 +163,33 @@ def _routing(records: Sequence[Line], arm: ArmSummary, pictures: list[Picture]) 
     load = add(
         f"load_{arm.name}",
         f"Share of tokens per expert over training, {arm.name}",
-        partial(_drawn, lambda theme: load_figure(by_seed[seed], theme)),
+        partial(_drawn, partial(load_figure, by_seed[seed])),
     )
-    with styled(LIGHT):
-        has_health = health_figure(by_seed, LIGHT) is not None
     health = shown = classes = None
-    if has_health:
+    if health_metrics(by_seed):
         health = add(
             f"routing_{arm.name}",
             f"Dropped tokens, entropies and imbalance over training, {arm.name}",
-            partial(_drawn, lambda theme: health_figure(by_seed, theme)),
+            partial(_drawn, partial(health_figure, by_seed)),
         )
     if images := samples(records, arm.name, seed):
         shown = add(
             f"patches_{arm.name}",
             f"Test images with patches coloured by expert, {arm.name}",
-            lambda theme: patch_sheet(images, arm.num_experts or 1, theme),
+            partial(patch_sheet, images, arm.num_experts or 1),
         )
     if tables := class_tables(records, arm.name, seed):
         classes = add(
             f"classes_{arm.name}",
             f"Share of each class's tokens per expert, {arm.name}",
-            partial(_drawn, lambda theme: class_figure(tables, theme)),
+            partial(_drawn, partial(class_figure, tables)),
         )
     return RoutingSection(arm, seed, load, health, shown, classes, tables)
 
 
-def _drawn(make: Callable[[Theme], Figure | None], theme: Theme) -> bytes:
+def _drawn(make: Callable[[Theme], Figure], theme: Theme) -> bytes:
     with styled(theme):
-        figure = make(theme)
-        assert figure is not None
-        return to_png(figure)
+        return to_png(make(theme))
 
 
 def _picture(pictures: list[Picture], name: str, title: str, draw: Draw) -> Picture:

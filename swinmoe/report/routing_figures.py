@@ -63,7 +63,8 @@ def load_figure(traces: Sequence[RoutingTrace], theme: Theme) -> Figure:
         experts = trace.share.shape[1]
         step, share = _binned(trace.step, trace.share)
         fair = 1 / experts
-        norm = TwoSlopeNorm(vmin=0.0, vcenter=fair, vmax=max(2 * fair, float(share.max())))
+        most = max(2 * fair, float(share.max()))
+        norm = TwoSlopeNorm(vmin=0.0, vcenter=fair, vmax=most)
         edges = (_edges(step), np.arange(experts + 1) - 0.5)
         mesh = axes.pcolormesh(*edges, share.T, norm=norm, cmap=theme.balance, shading="flat", rasterized=True)
         axes.set_title(shorten(trace.layer, 40))
@@ -72,38 +73,45 @@ def load_figure(traces: Sequence[RoutingTrace], theme: Theme) -> Figure:
         axes.invert_yaxis()
         axes.grid(False)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-        bar = figure.colorbar(mesh, ax=axes, pad=0.01, ticks=[0.0, fair, norm.vmax])
-        bar.ax.set_yticklabels(["0 %", f"{fair:.1%} fair", f"{norm.vmax:.1%}"])
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+        bar = figure.colorbar(mesh, ax=axes, pad=0.01, ticks=[0.0, fair, most])
+        bar.ax.set_yticklabels(["0 %", f"{100 * fair:.1f} % fair", f"{100 * most:.1f} %"])
         bar.outline.set_visible(False)
     for axes in panels[len(traces) :]:
         axes.set_visible(False)
     return figure
 
 
-def health_figure(seeds: Mapping[int, Sequence[RoutingTrace]], theme: Theme) -> Figure | None:
+Seeds = Mapping[int, Sequence[RoutingTrace]]
+"""Seed -> a trace per layer."""
+
+
+def health_metrics(seeds: Seeds) -> list[tuple[str, str, bool]]:
+    """The metrics (name, title, whether a fraction) of which the records hold anything."""
+    return [m for m in _METRICS if any(_known(getattr(t, m[0])) for traces in seeds.values() for t in traces)]
+
+
+def health_figure(seeds: Seeds, theme: Theme) -> Figure:
     """Drop fraction, entropies, imbalance and dead experts over training: a colour per layer, a line per seed.
 
-    None where the records hold none of them.
+    `health_metrics(seeds)` must not be empty.
     """
-    shown = [m for m in _METRICS if any(_known(getattr(t, m[0])) for traces in seeds.values() for t in traces)]
-    if not shown:
-        return None
+    shown = health_metrics(seeds)
     layers = list(dict.fromkeys(trace.layer for traces in seeds.values() for trace in traces))
     colours = dict(zip(layers, theme.depth(np.linspace(0, 1, len(layers))), strict=True))
     columns = min(3, len(shown))
     rows = math.ceil((len(shown) + 1) / columns)
-    figure = new_figure(10.8, 2.35 * rows)
+    figure = new_figure(10.8, 2.35 * rows, row_gap=0.12)
     panels = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for axes, (name, title, percent) in zip(panels, shown, strict=False):
         for traces in seeds.values():
             for trace in traces:
                 axes.plot(trace.step, getattr(trace, name), color=colours[trace.layer], linewidth=1.1, alpha=0.8)
         axes.set_title(title)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
         _bound(axes, name)
         if percent:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     for axes in panels[len(shown) :]:
         axes.axis("off")
     _legend(panels[len(shown)], colours)
@@ -129,7 +137,7 @@ def class_figure(tables: Sequence[ClassTable], theme: Theme) -> Figure:
     for axes, table in zip(panels, tables, strict=False):
         share = table.share[table.rows]
         axes.imshow(share, cmap=theme.amount, vmin=0.0, vmax=max(float(share.max()), 1e-9), aspect="auto")
-        axes.set_title(f"{shorten(table.layer, 34)} · class information {table.information:.0%}")
+        axes.set_title(f"{shorten(table.layer, 34)} · class information {100 * table.information:.0f} %")
         axes.set_yticks(range(len(table.rows)), [shorten(table.class_names[i], 18) for i in table.rows])
         axes.set_xlabel("expert")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
@@ -207,5 +215,5 @@ def _write_shares(axes: Axes, share: Array, theme: Theme) -> None:
     strongest = max(float(share.max()), 1e-9)
     for (row, column), value in np.ndenumerate(share):
         if value >= 0.005:
-            colour = theme.surface if value > 0.55 * strongest else theme.muted
+            colour = theme.surface if value > 0.5 * strongest else theme.ink
             axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)

@@ -5,8 +5,9 @@ Shapes: n logged points, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -77,11 +78,18 @@ def evaluated_weights(records: Sequence[Line]) -> str:
     return "ema" if any(x["kind"] == "eval" and x.get("weights") == "ema" for x in records) else "model"
 
 
+def evaluated_split(records: Sequence[Line]) -> str:
+    """The held-out split as the records name it; `test` where they do not."""
+    found = (x["split"] for x in reversed(records) if x["kind"] == "eval" and x.get("split") not in (None, "train"))
+    return str(next(found, "test"))
+
+
 def evaluations(records: Sequence[Line], arm: str, seed: int) -> list[Line]:
     """Evaluations of the weights that count, on held-out data."""
     weights = evaluated_weights(records)
+    split = evaluated_split(records)
     lines = select(records, "eval", arm, seed)
-    return [x for x in lines if x.get("weights", weights) == weights and x.get("split") != "train"]
+    return [x for x in lines if x.get("weights", weights) == weights and x.get("split", split) == split]
 
 
 def training_curves(records: Sequence[Line], key: str) -> Curves:
@@ -94,15 +102,14 @@ def evaluation_curves(records: Sequence[Line], key: str) -> Curves:
     return _curves(records, key, lambda arm, seed: evaluations(records, arm, seed))
 
 
-def _curves(records: Sequence[Line], key: str, lines_of: Any) -> Curves:
+def _curves(records: Sequence[Line], key: str, lines_of: Callable[[str, int], list[Line]]) -> Curves:
     out: Curves = {}
     for arm in arm_names(records):
         for seed in seeds_of(records, arm):
             lines = [x for x in lines_of(arm, seed) if x.get(key) is not None and x.get("step") is not None]
             if lines:
-                out.setdefault(arm, {})[seed] = Curve(
-                    *(_column(lines, name) for name in ("step", "flops", "seconds")), value=_column(lines, key)
-                )
+                step, flops, seconds, value = (_column(lines, name) for name in ("step", "flops", "seconds", key))
+                out.setdefault(arm, {})[seed] = Curve(step, flops, seconds, value)
     return out
 
 
@@ -116,7 +123,7 @@ def images_per_second(lines: Sequence[Line]) -> float | None:
     ]
     if len(points) == 1:
         points = [(0, 0.0), *points]
-    pairs = zip(points, points[1:], strict=False)
+    pairs = pairwise(points)
     rates = [(b[0] - a[0]) / (b[1] - a[1]) for a, b in pairs if b[1] > a[1] and b[0] > a[0]]
     return float(np.median(rates)) if rates else None
 

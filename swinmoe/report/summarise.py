@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from swinmoe.report.interval import Estimate, estimate
-from swinmoe.report.series import Line, arm_names, evaluations, images_per_second, last, seeds_of, select
+from swinmoe.report.series import (
+    Line,
+    arm_names,
+    evaluated_split,
+    evaluations,
+    images_per_second,
+    last,
+    seeds_of,
+    select,
+)
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,8 @@ class Summary:
     """One per arm other than the reference."""
     progress: tuple[Progress, ...]
     """One per arm and seed, those that have not begun included."""
+    split: str
+    """The data that accuracy is measured on, as the records name it."""
 
     @property
     def finished(self) -> bool:
@@ -136,6 +147,7 @@ def summary(records: Sequence[Line]) -> Summary:
             _difference(arm, ref, runs) for ref in arms if ref.name == reference for arm in arms if arm is not ref
         ),
         progress=progress,
+        split=evaluated_split(records),
     )
 
 

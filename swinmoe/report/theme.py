@@ -16,6 +16,7 @@ import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 DPI = 150
 
@@ -108,9 +109,9 @@ def styled(theme: Theme) -> Iterator[None]:
         yield
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float, row_gap: float = 0.04) -> Figure:
     """An empty figure in inches, laid out so that labels never overlap; no global state, no display."""
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=ConstrainedLayoutEngine(h_pad=row_gap))
     FigureCanvasAgg(figure)
     return figure
 

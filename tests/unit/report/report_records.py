@@ -52,13 +52,21 @@ def _write_arm(
     sparse = arm.startswith("sparse")
     flops = 12.31e6 * (1.004 if sparse else 1.0)
     record.write(
-        "arm", arm=arm, seed=seed, params_total=5_310_000 if sparse else 1_290_000, params_active=1_294_000 if sparse else 1_290_000,
-        flops_per_image=flops, train_flops_per_image=3 * flops, moe_layers=list(LAYERS) if sparse else [],
-        num_experts=EXPERTS if sparse else None, top_k=1 if sparse else None, steps=steps,
+        "arm",
+        arm=arm,
+        seed=seed,
+        params_total=5_310_000 if sparse else 1_290_000,
+        params_active=1_294_000 if sparse else 1_290_000,
+        flops_per_image=flops,
+        train_flops_per_image=3 * flops,
+        moe_layers=list(LAYERS) if sparse else [],
+        num_experts=EXPERTS if sparse else None,
+        top_k=1 if sparse else None,
+        steps=steps,
         config={"model": {"embed_dim": 48, "moe": {"num_experts": EXPERTS} if sparse else None}, "seed": seed},
-    )  # fmt: skip
+    )
     bias = rng.normal(0, 0.7, (len(LAYERS), EXPERTS))
-    luck = rng.normal(0, 0.004)
+    luck = np.random.default_rng(seed).normal(0, 0.004) + rng.normal(0, 0.0006)  # mostly shared by twins
     seconds = 0.0
     for step in range(1, steps + 1):
         seconds += (0.112 if sparse else 0.1) * math.exp(rng.normal(0, 0.03))
@@ -68,15 +76,8 @@ def _write_arm(
             continue
         t = step / steps
         loss = 0.5 + 1.8 * math.exp(-9 * t) + 0.15 * (1 - t) - (0.03 * t if sparse else 0) + luck
-        common = dict(
-            arm=arm,
-            seed=seed,
-            step=step,
-            epoch=4 * t,
-            images=step * BATCH,
-            flops=3 * flops * step * BATCH,
-            seconds=seconds,
-        )
+        spent = {"images": step * BATCH, "flops": 3 * flops * step * BATCH, "seconds": seconds}
+        common = {"arm": arm, "seed": seed, "step": step, "epoch": 4 * t, **spent}
         accuracy = 0.885 - 0.6 * math.exp(-6 * t) + (0.011 * t if sparse else 0) - luck
         noisy = loss + rng.normal(0, 0.03 + 0.05 * math.exp(-5 * t))
         record.write(
@@ -116,10 +117,15 @@ def _routing(rng: np.random.Generator, bias: np.ndarray, t: float) -> dict[str, 
         routed = rng.multinomial(BATCH * 64, p)
         kept = np.minimum(routed, int(1.25 * BATCH * 64 / EXPERTS))
         out[layer] = {
-            "routed": routed.tolist(), "kept": kept.tolist(), "drop_fraction": float(1 - kept.sum() / routed.sum()),
-            "token_entropy": 0.95 - 0.5 * t, "load_entropy": float(-(p * np.log(p)).sum() / math.log(EXPERTS)),
-            "max_over_mean": float(routed.max() / routed.mean()), "dead_experts": int((routed < 40).sum()), "losses": {"load": 1.1},
-        }  # fmt: skip
+            "routed": routed.tolist(),
+            "kept": kept.tolist(),
+            "drop_fraction": float(1 - kept.sum() / routed.sum()),
+            "token_entropy": 0.95 - 0.5 * t,
+            "load_entropy": float(-(p * np.log(p)).sum() / math.log(EXPERTS)),
+            "max_over_mean": float(routed.max() / routed.mean()),
+            "dead_experts": int((routed < 40).sum()),
+            "losses": {"load": 1.1},
+        }
     return out
 
 
@@ -165,11 +171,15 @@ def png_text(pixels: np.ndarray) -> str:
 
 
 def _config(arms: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    data = {"name": "fashion_mnist", "image_size": [28, 28]}
     return {
-        "name": "fashion twins", "seeds": list(seeds), "match": "flops", "reference": arms[0],
-        "base": {"data": {"name": "fashion_mnist", "image_size": [28, 28]}, "train": {"epochs": 4, "batch_size": BATCH}},
+        "name": "fashion twins",
+        "seeds": list(seeds),
+        "match": "flops",
+        "reference": arms[0],
+        "base": {"data": data, "train": {"epochs": 4, "batch_size": BATCH}},
         "arms": {arm: {} for arm in arms},
-    }  # fmt: skip
+    }
 
 
 def _machine() -> dict[str, Any]:
