@@ -1,8 +1,8 @@
 """A checkpoint is a folder `step-00001234/`: safetensors files, `state.json`, and a manifest with sizes and hashes.
 
-It is written under a temporary name, synced, and renamed, so that a folder with the final name is complete or damaged
-from outside; the manifest tells which. Tensors carry global names and whole shapes, so nothing in it depends on how many
-processes wrote it.
+It is written under a temporary name, synced, and renamed, so that a folder with the final name is complete, or damaged
+from outside; the manifest tells which. Tensors carry global names and whole shapes, so nothing in it depends on how
+many processes wrote it.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ def load(kind: type[Config], path: Path | str, overrides: Sequence[str] = ()) ->
 
 def to_tree(config: Any) -> Tree:
     """A config as plain values that `build` accepts and YAML can hold (tuples become lists)."""
-    return _plain(asdict(config))
+    tree: Tree = _plain(asdict(config))
+    return tree
 
 
 def dump(config: Any) -> str:
@@ -134,9 +135,8 @@ def _checked(kind: Any, value: Any, path: str) -> Any:
         for key in value:
             if key not in allowed:
                 where = f"{path}.{key}" if path else str(key)
-                raise ConfigError(
-                    f"unknown config key {where!r}{did_you_mean(str(key), allowed) or '; allowed: ' + ', '.join(allowed)}"
-                )
+                hint = did_you_mean(str(key), allowed) or f"; allowed: {', '.join(allowed)}"
+                raise ConfigError(f"unknown config key {where!r}{hint}")
         return {k: _checked(hints[k], v, f"{path}.{k}" if path else k) for k, v in value.items()}
     if isinstance(value, int) and not isinstance(value, bool) and tuple[int, int] in options:
         return (value, value)

@@ -30,7 +30,7 @@ STYLES: dict[str, StyleConfig] = {
     "v2": StyleConfig(norm="res-post", similarity="cosine", position_bias="log-cpb-sigmoid", merge_norm="after"),
     "swin_moe": StyleConfig(position_bias="log-cpb"),
 }
-"""Named points of the style space. `swin_moe` is Microsoft's hybrid: a V1 block with V2's log-CPB without the sigmoid."""
+"""Named points of the style space. `swin_moe` is Microsoft's hybrid: a V1 block with V2's log-CPB, no sigmoid."""
 
 
 def resolve_style(style: str | StyleConfig) -> StyleConfig:
@@ -73,7 +73,7 @@ class ModelConfig:
     extra_norm_every: int = 0
     """V2-H and V2-G: one more norm on the main branch after every so many blocks of a stage (6); 0 = none."""
     res_post_norm_init: float = 0.0
-    """Initial weight of the norms that end residual branches (res-post norm): 0 in V2's code, 1e-5 in its large models."""
+    """Initial weight of the norms that end residual branches (res-post): 0 in V2's code, 1e-5 in its large models."""
     init_std: float = 0.02
     pad_keys: Literal["mask", "attend"] = "mask"
     """Padded positions are hidden from attention, or attended to as torchvision and mmdet do."""

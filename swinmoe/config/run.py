@@ -44,7 +44,7 @@ class DataConfig:
     """Folder of `fashion_mnist` and `folder`; None = the usual places, which an error lists."""
     image_size: Pair = (32, 32)
     holdout: int = 0
-    """So many training images, drawn by `holdout_seed`, are kept out of training and evaluated instead of the test set."""
+    """So many training images, drawn by `holdout_seed`, are kept out of training and evaluated in place of the test set."""
     holdout_seed: int = 0
     limit: int | None = None
     """Use only the first so many training and evaluation images (debugging)."""
@@ -65,7 +65,7 @@ class OptimConfig:
 
     base_lr: float = 1e-3
     lr_batch: int = 0
-    """Linear scaling: the peak rate is base_lr·(global batch/lr_batch), warm-up and minimum likewise; 0 = no scaling."""
+    """Linear scaling: peak rate base_lr·(global batch/lr_batch), warm-up and minimum likewise; 0 = no scaling."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.05
@@ -150,7 +150,7 @@ class RunConfig:
     output_dir: str = "runs"
     """Records, checkpoints and reports go to `output_dir/name`."""
     resume: str = "never"
-    """`never` (a used folder is an error), `auto` (newest complete checkpoint, or a fresh start), or a checkpoint's path."""
+    """`never` (a used folder is an error), `auto` (newest complete checkpoint, or afresh), or a checkpoint's path."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -182,7 +182,7 @@ class CompareConfig:
     budget_seconds: float | None = None
     """match = seconds: accumulated step time per arm."""
     reference: str | None = None
-    """The arm whose length sets the FLOP budget (match = flops) and against which others are paired; None = the first."""
+    """The arm whose length sets the FLOP budget (match: flops) and that others are paired with; None = the first."""
     order: Literal["lockstep", "sequential"] = "lockstep"
     base: dict[str, Any] = field(default_factory=dict)
     """Keys of a run."""

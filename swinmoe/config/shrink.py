@@ -12,7 +12,7 @@ STEPS = 2
 
 
 def shrink(run: RunConfig) -> RunConfig:
-    """`run` with the same style, routing, losses and optimiser, but a tiny model on a few synthetic images, for two steps."""
+    """`run` with the same style, routing, losses and optimiser; a tiny model, a few synthetic images, two steps."""
     batch = 2 * run.train.accumulation * max(2, run.parallel.ep_size)
     changes = {
         "name": f"{run.name}-shrunk",

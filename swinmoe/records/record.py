@@ -2,17 +2,18 @@
 
 Every line is one JSON object with a `kind`:
 
-| kind | keys beside `kind` |
-|---|---|
-| `run` | command, name, config (resolved), environment (versions, machine, commit), time |
-| `arm` | arm, seed, params_total, params_active, flops_per_image (forward), train_flops_per_image, moe_layers (names), num_experts, top_k, steps (planned), config |
-| `step` | arm, seed, step (1-based, optimiser steps), epoch, lr, loss, aux_loss, accuracy, grad_norm, images, flops, seconds (all three cumulative), images_per_second, data_wait, mfu, peak_memory_bytes, routing |
-| `eval` | arm, seed, step, epoch, split, weights (`model` or `ema`), loss, accuracy, count, images, flops, seconds, routing |
-| `samples` | arm, seed, step, layer, class_names, images: list of {index, label, prediction, png (base64), experts (grid of expert ids, -1 dropped)} |
-| `class_expert` | arm, seed, step, layer, class_names, table (classes x experts, token counts) |
-| `final` | arm, seed, step, loss, accuracy, reason (why the arm stopped) |
-| `superseded` | arm, seed, after_step: earlier lines of that arm and seed with a larger step count no more |
-| `note` | text |
+- `run`: command, name, config (resolved), environment (versions, machine, commit), time
+- `arm`: arm, seed, params_total, params_active, flops_per_image (forward), train_flops_per_image, moe_layers (names),
+  num_experts, top_k, steps (planned), config
+- `step`: arm, seed, step (1-based, optimiser steps), epoch, lr, loss, aux_loss, accuracy, grad_norm, images, flops,
+  seconds (all three cumulative), images_per_second, data_wait, mfu, peak_memory_bytes, routing
+- `eval`: arm, seed, step, epoch, split, weights (`model` or `ema`), loss, accuracy, count, images, flops, seconds, routing
+- `samples`: arm, seed, step, layer, class_names, images: list of {index, label, prediction, png (base64), experts (grid
+  of expert ids, -1 dropped)}
+- `class_expert`: arm, seed, step, layer, class_names, table (classes x experts, token counts)
+- `final`: arm, seed, step, loss, accuracy, reason (why the arm stopped)
+- `superseded`: arm, seed, after_step: earlier lines of that arm and seed with a larger step count no more
+- `note`: text
 
 `routing` maps a layer's name to {routed, kept (lists over experts), drop_fraction, token_entropy, load_entropy,
 max_over_mean, dead_experts, losses}. Non-finite numbers are written as null.

@@ -1,4 +1,4 @@
-"""One model in training with everything that is its own: optimiser, schedule, loss scale, average, counters, randomness.
+"""One model in training with all that is its own: optimiser, schedule, loss scale, average, counters, randomness.
 
 A run trains one arm; a comparison trains several on the same batches. Accelerate prepares the model only: its shared
 gradient scaler, per-call accumulation counter and scheduler stepping are wrong for several models at once.
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -177,7 +178,11 @@ class Arm:
 
     def evaluated(self) -> SwinTransformer:
         """The model that evaluation judges: the moving average if there is one."""
-        return self.average.module if self.average is not None else self.raw
+        if self.average is None:
+            return self.raw
+        averaged = self.average.module
+        assert isinstance(averaged, SwinTransformer)  # AveragedModel types it as any module
+        return averaged
 
     def state(self) -> tuple[Tensors, dict[str, Any]]:
         """Everything to go on from, as (tensors by file, JSON values). All ranks must call it; experts are whole."""
@@ -259,7 +264,7 @@ class Arm:
     def _explain_non_finite(self, batches: Sequence[Batch]) -> str:
         for micro, batch in enumerate(batches):
             self.seed_draws(micro)
-            where = first_non_finite(self.raw, lambda b=batch: self.objective(self.raw, b), self.autocast)
+            where = first_non_finite(self.raw, partial(self.objective, self.raw, batch), self.autocast)
             if where:
                 break
         else:

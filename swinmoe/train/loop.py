@@ -23,7 +23,7 @@ from swinmoe.data import Batch, DataBundle, TrainStream
 from swinmoe.errors import CheckpointError
 from swinmoe.parallel import Mesh
 from swinmoe.records import RunRecord
-from swinmoe.train.arm import Arm
+from swinmoe.train.arm import Arm, Tensors
 from swinmoe.train.evaluate import evaluate
 from swinmoe.train.place import place
 from swinmoe.train.progress import Progress
@@ -157,7 +157,8 @@ def final_loss(arm: Arm) -> float | None:
 
 def save(job: Job, arms: Sequence[Arm], step: int) -> None:
     """Checkpoint all arms at `step`; every rank takes part, the main one writes."""
-    tensors, values = {}, {}
+    tensors: Tensors = {}
+    values: dict[str, Any] = {}
     for arm in arms:
         own, values[arm.name] = arm.state()
         tensors |= {f"{arm.name}/{stem}": group for stem, group in own.items()}
@@ -168,7 +169,7 @@ def save(job: Job, arms: Sequence[Arm], step: int) -> None:
 
 
 def restore(job: Job, arms: Sequence[Arm]) -> int:
-    """Load the checkpoint that `resume` asks for into the arms; returns the step to go on from (0 for a fresh start)."""
+    """Load the checkpoint that `resume` asks for into the arms; returns the step to go on from (0: afresh)."""
     if job.resume == "never":
         return 0
     path = latest_checkpoint(job.checkpoints) if job.resume == "auto" else Path(job.resume)
@@ -197,8 +198,8 @@ def _check_same(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) ->
     ]
     if differing:
         raise CheckpointError(
-            f"checkpoint {str(path)!r} was made by another config: {'; '.join(differing[:6])}. Go on with the same config, "
-            "or start a new run under another name"
+            f"checkpoint {str(path)!r} was made by another config: {'; '.join(differing[:6])}. Go on with the same "
+            "config, or start a new run under another name"
         )
 
 

@@ -36,7 +36,8 @@ def rate_scale(optim: OptimConfig, batch_size: int) -> float:
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> AdamW:
     """AdamW over all trainable parameters in two groups; its rate is set at every step by the schedule."""
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (decay if decays(name, parameter) else plain).append(parameter)

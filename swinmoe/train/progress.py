@@ -72,10 +72,8 @@ class Progress:
 
     def evaluated(self, arm: Arm, found: Mapping[str, Any]) -> None:
         """An evaluation is in."""
-        accuracy, loss = found["accuracy"], found["loss"]
-        self.say(
-            f"{arm.name:>10} step {arm.step}: accuracy {100 * accuracy:.2f} %, loss {loss:.4f} on {found['count']} images"
-        )
+        numbers = f"accuracy {100 * found['accuracy']:.2f} %, loss {found['loss']:.4f}"
+        self.say(f"{arm.name:>10} step {arm.step}: {numbers} on {found['count']} images")
 
     def say(self, text: str) -> None:
         """One line for the person watching."""

@@ -65,7 +65,9 @@ def test_train_leaves_records_config_and_a_checkpoint(config: Path, tmp_path: Pa
         (["train.batch_size=100000"], "100000"),
     ],
 )
-def test_bad_input_is_one_message_and_status_2(config: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
+def test_bad_input_is_one_message_and_status_2(
+    config: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
     done = _run("train", str(config), f"output_dir={tmp_path}", *overrides)
     assert done.returncode == 2, done.stderr
     assert any(part in done.stderr for part in message.split("|")), done.stderr

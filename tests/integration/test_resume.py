@@ -36,7 +36,14 @@ RUN = {
     "data": {"name": "digits", "augment": {"crop_padding": 2}, "mixup": {"mixup": 0.2}},
     "optim": {"base_lr": 0.002},
     "schedule": {"warmup_steps": 5},
-    "train": {"epochs": None, "steps": 40, "batch_size": 64, "ema_decay": 0.9, "label_smoothing": 0.1, "accumulation": 2},
+    "train": {
+        "epochs": None,
+        "steps": 40,
+        "batch_size": 64,
+        "ema_decay": 0.9,
+        "label_smoothing": 0.1,
+        "accumulation": 2,
+    },
     "checkpoint": {"every_steps": 7, "every_epochs": 0},
     "log": {"every_steps": 5, "peak_flops": 1e11},
 }
@@ -47,7 +54,16 @@ VOLATILE = {"seconds", "images_per_second", "data_wait", "mfu", "peak_memory_byt
 def _start(command: str, tree: dict, folder: Path, name: str, *overrides: str) -> subprocess.Popen:
     config = folder / f"{command}.yaml"
     config.write_text(yaml.safe_dump(tree))
-    argv = [sys.executable, "-m", "swinmoe.cli", command, str(config), f"output_dir={folder}", f"name={name}", *overrides]
+    argv = [
+        sys.executable,
+        "-m",
+        "swinmoe.cli",
+        command,
+        str(config),
+        f"output_dir={folder}",
+        f"name={name}",
+        *overrides,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -72,8 +88,12 @@ def _kill_in_mid_epoch(process: subprocess.Popen, checkpoints: Path, at_least: i
 
 
 def _tensors(run: Path) -> dict[str, torch.Tensor]:
-    (newest,) = [p for p in run.rglob("step-00000040")]
-    return {f"{file.relative_to(newest)}:{k}": v for file in newest.rglob("*.safetensors") for k, v in load_file(file).items()}
+    (newest,) = run.rglob("step-00000040")
+    return {
+        f"{file.relative_to(newest)}:{k}": v
+        for file in newest.rglob("*.safetensors")
+        for k, v in load_file(file).items()
+    }
 
 
 def _numbers(run: Path) -> list[str]:
@@ -91,7 +111,16 @@ def test_killed_and_resumed_is_bit_identical(command: str, tree: dict, inside: s
     stopped_at = latest_checkpoint(tmp_path / "broken" / "checkpoints" / inside)
     assert stopped_at is not None and 14 <= int(stopped_at.name.split("-")[1]) < 40
     workers = "data.workers=2" if command == "train" else "base.data.workers=2"
-    _finish(_start(command, tree, tmp_path, "broken", "resume=auto", "base.data.workers=0" if command == "compare" else "data.workers=0"))
+    _finish(
+        _start(
+            command,
+            tree,
+            tmp_path,
+            "broken",
+            "resume=auto",
+            "base.data.workers=0" if command == "compare" else "data.workers=0",
+        )
+    )
     assert _numbers(tmp_path / "broken") == _numbers(tmp_path / "whole")
     ours, theirs = _tensors(tmp_path / "broken"), _tensors(tmp_path / "whole")
     assert ours.keys() == theirs.keys() and len(ours) > 50
