@@ -9,25 +9,10 @@ All of it is index algebra on the device: no loop over experts and no host sync.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from swinmoe.moe.types import DispatchPlan, Routing
-
-
-class Queues(NamedTuple):
-    """Every choice's place in its expert's queue."""
-
-    slot: Tensor
-    """(T, K) int64 place in the queue of the chosen expert, from 0."""
-    kept: Tensor | None
-    """(T, K) bool: the place is below the capacity; None = all are, known without looking."""
-    routed: Tensor
-    """(E,) int64 length of each queue."""
-    counts: Tensor
-    """(E,) int64 its kept part."""
+from swinmoe.moe.types import DispatchPlan, Queues, Routing
 
 
 def queue(routing: Routing, num_experts: int, capacity: int | None, *, batch_prioritized: bool = False) -> Queues:

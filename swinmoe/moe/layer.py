@@ -18,7 +18,7 @@ from swinmoe.moe.dispatchers import Dispatcher
 from swinmoe.moe.execution import LocalExecution
 from swinmoe.moe.registry import DISPATCHERS, EXPERTS, ROUTERS
 from swinmoe.moe.routers import Router
-from swinmoe.moe.types import DispatchPlan, ExpertExecution, Route, Routing, RoutingStats
+from swinmoe.moe.types import DispatchPlan, ExpertExecution, Queues, Route, Routing, RoutingStats
 
 _BUILT_IN = (dispatchers, experts, routers)  # imported for the names they register
 
@@ -120,13 +120,13 @@ class MoEMlp(nn.Module):
             y = y + self.shared.function(self.training)(tokens, everyone, self.shared.weights())
         return y
 
-    def _num_rows(self, queues: dispatch.Queues, route: Route) -> int:
+    def _num_rows(self, queues: Queues, route: Route) -> int:
         """Kept choices on this rank, without asking the device if anyone knows."""
         if queues.kept is None:
             return queues.slot.numel()
         return int(queues.counts.sum()) if route.rows is None else route.rows
 
-    def _statistics(self, routing: Routing, queues: dispatch.Queues) -> RoutingStats:
+    def _statistics(self, routing: Routing, queues: Queues) -> RoutingStats:
         cfg = self.cfg.losses
         distribution = routing.probs
         if self.cfg.router.score == "sigmoid":

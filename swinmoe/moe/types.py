@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
@@ -30,6 +30,19 @@ class Routing:
     """(T, E) softmax or sigmoid of the noisy logits, the source of `gates`."""
     noise_std: float
     """Standard deviation of the noise added (0.0 in evaluation)."""
+
+
+class Queues(NamedTuple):
+    """Every choice's place in its expert's queue."""
+
+    slot: Tensor
+    """(T, K) int64 place in the queue of the chosen expert, from 0."""
+    kept: Tensor | None
+    """(T, K) bool: the place is below the capacity; None = all are, known without looking."""
+    routed: Tensor
+    """(E,) int64 length of each queue."""
+    counts: Tensor
+    """(E,) int64 its kept part."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swinmoe.config.moe import CapacityPolicy
-from swinmoe.moe.dispatch import Queues
-from swinmoe.moe.types import DispatchPlan, ExpertRows, Routing
+from swinmoe.moe.types import DispatchPlan, ExpertRows, Queues, Routing
 
 
 class Dispatcher:

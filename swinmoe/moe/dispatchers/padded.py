@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from swinmoe.config.moe import CapacityPolicy
-from swinmoe.moe.dispatch import Queues
 from swinmoe.moe.dispatchers.base import Dispatcher, combine_rows, take_rows
 from swinmoe.moe.registry import register_dispatcher
-from swinmoe.moe.types import DispatchPlan, ExpertRows, Routing
+from swinmoe.moe.types import DispatchPlan, ExpertRows, Queues, Routing
 
 
 @register_dispatcher("padded")
