@@ -4,6 +4,8 @@ Two conventions, never mixed:
 
 - `flops`: the matrix products of one forward pass, 2 per multiply-add, equal to torch's `FlopCounterMode` on the built
   model with explicit attention. Everything elementwise (norms, softmax, GELU, gathering rows) is free, as there.
+  Experts are counted for what tokens ask of them; padded layouts compute empty slots besides. The counter itself sees
+  no grouped products (`grouped_mm` on GPUs) and counts nothing for them.
 - `table_flops`: what the papers print, equal to the `flops()` methods of microsoft/Swin-Transformer: 1 per
   multiply-add, norms counted, position-bias networks and routers not, experts times their capacity factor.
 
@@ -17,10 +19,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
 
+from torch import nn
+
 from swinmoe.config import CapacityPolicy, ModelConfig, MoEConfig, StyleConfig, resolve_style
-from swinmoe.errors import ConfigError
 from swinmoe.models.position import num_offsets
 from swinmoe.models.windows import Pair, WindowGrid, fit_window
+from swinmoe.moe.registry import EXPERTS, ROUTERS
 
 CPB_HIDDEN = 512
 """Hidden width of the log-CPB network (V2 §3.3)."""
@@ -102,8 +106,11 @@ def _ceil_div(size: Pair, by: Pair) -> Pair:
 def count(config: ModelConfig) -> ModelCounts:
     """Parameters and FLOPs of the model that `config` describes.
 
+    Routers and experts registered from outside are built on the meta device, and each of their matrices is taken to
+    meet each token once.
+
     Raises:
-        ConfigError: the config names a router or an expert from outside, of which no closed form is known here.
+        ConfigError: an unknown router or expert.
     """
     parts: dict[str, PartCounts] = {}
     for name, part in _parts(config):
@@ -211,36 +218,35 @@ def _mlp(
 
 def _moe(moe: MoEConfig, tokens: int, dim: int, hidden: int) -> Iterator[tuple[str, PartCounts]]:
     yield "router", _router(moe, tokens, dim)
-    expert = _expert(moe, tokens, dim, hidden, ratio=moe.experts.hidden_ratio or 1.0)
-    frozen = dim if moe.experts.fc2_bias == "frozen-zero" else 0
-    yield (
-        "experts",
-        PartCounts(
-            params=moe.num_experts * expert.params,
-            active=moe.top_k * expert.params,
-            flops=moe.top_k * expert.flops,
-            table_flops=moe.top_k * _slots_per_token(moe.capacity.eval) * expert.table_flops,
-            frozen=moe.num_experts * frozen,
-        ),
+    expert = _expert(moe, tokens, dim, _scaled(hidden, moe.experts.hidden_ratio or 1.0))
+    chosen = moe.top_k
+    everyone = PartCounts(
+        params=moe.num_experts * expert.params,
+        active=chosen * expert.params,
+        flops=chosen * expert.flops,
+        table_flops=chosen * _slots_per_choice(moe.capacity.eval) * expert.table_flops,
+        frozen=moe.num_experts * expert.frozen,
     )
+    yield "experts", everyone
     if moe.shared_expert_ratio:
-        shared = _expert(moe, tokens, dim, hidden, ratio=moe.shared_expert_ratio)
-        yield "experts", replace(shared, frozen=frozen)
+        yield "experts", _expert(moe, tokens, dim, _scaled(hidden, moe.shared_expert_ratio))
 
 
-def _expert(moe: MoEConfig, tokens: int, dim: int, hidden: int, *, ratio: float) -> PartCounts:
-    if moe.experts.type not in ("gelu", "swiglu"):
-        raise ConfigError(
-            f"count() has no closed form for moe.experts.type={moe.experts.type!r}; use 'gelu' or 'swiglu'"
-        )
-    return _mlp(
-        tokens,
-        dim,
-        int(hidden * ratio),
-        fc1_bias=moe.experts.fc1_bias,
-        fc2_bias=moe.experts.fc2_bias != "none",
-        swiglu=moe.experts.type == "swiglu",
-    )
+def _scaled(hidden: int, ratio: float) -> int:
+    """Hidden width of an expert, as `MoEMlp` rounds it."""
+    return max(1, round(hidden * ratio))
+
+
+def _expert(moe: MoEConfig, tokens: int, dim: int, hidden: int) -> PartCounts:
+    """One expert that every token visits."""
+    cfg = moe.experts
+    if cfg.type in ("gelu", "swiglu"):
+        swiglu = cfg.type == "swiglu"
+        part = _mlp(tokens, dim, hidden, fc1_bias=cfg.fc1_bias, fc2_bias=cfg.fc2_bias != "none", swiglu=swiglu)
+        return replace(part, frozen=dim if cfg.fc2_bias == "frozen-zero" else 0)
+    make = EXPERTS.get(cfg.type)
+    part = make(cfg, num_experts=1, dim=dim, hidden=hidden, name="", seed=0, init_std=0.0, device="meta")
+    return _from_outside(part, tokens, matrix_axes=3)
 
 
 def _router(moe: MoEConfig, tokens: int, dim: int) -> PartCounts:
@@ -251,9 +257,22 @@ def _router(moe: MoEConfig, tokens: int, dim: int) -> PartCounts:
     if moe.router.type == "cosine":
         matrices = dim * proj + proj * experts
         return _dense(matrices + proj + 1, 2 * tokens * matrices)
-    raise ConfigError(f"count() has no closed form for moe.router.type={moe.router.type!r}; use 'linear' or 'cosine'")
+    part = ROUTERS.get(moe.router.type)(moe, dim, name="", seed=0, init_std=0.0, device="meta")
+    return replace(_from_outside(part, tokens, matrix_axes=2), table_flops=0.0)
 
 
-def _slots_per_token(policy: CapacityPolicy) -> float:
+def _from_outside(part: nn.Module, tokens: int, *, matrix_axes: int) -> PartCounts:
+    """A registered part of which no closed form is known: each of its matrices is taken to meet each token once.
+
+    Stacked matrices of experts have three axes, so their biases have two.
+    """
+    parameters = list(part.parameters())
+    matrices = sum(p.numel() for p in parameters if p.ndim >= matrix_axes)
+    frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+    counted = _dense(sum(p.numel() for p in parameters), 2 * matrices * tokens, matrices * tokens)
+    return replace(counted, frozen=frozen)
+
+
+def _slots_per_choice(policy: CapacityPolicy) -> float:
     """Slots computed for each choice: fixed capacity computes them filled or not, the others only what is routed."""
     return policy.factor if policy.kind == "fixed" else 1.0
