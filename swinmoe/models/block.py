@@ -5,13 +5,17 @@ Shapes: B images, (H, W) map, D width; maps are (B, H, W, D).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from swinmoe.config import ModelConfig, resolve_style
-from swinmoe.models._experts import MoEMlp
 from swinmoe.models.attention import WindowAttention, WindowTables
 from swinmoe.models.mlp import Mlp
+from swinmoe.moe import MoEMlp
 from swinmoe.moe.types import RoutingStats
 
 Pair = tuple[int, int]
@@ -50,30 +54,50 @@ class SwinBlock(nn.Module):
         has_extra = cfg.extra_norm_every > 0 and (index + 1) % cfg.extra_norm_every == 0
         self.norm3 = nn.LayerNorm(dim) if has_extra else None
 
-    def gate_noise(self, x: Tensor) -> Tensor | None:
-        """The noise of the expert layer's gate for a map `x`; drawn apart so that recomputation meets the same."""
-        if not isinstance(self.mlp, MoEMlp):
-            return None
-        batch, height, width, _ = x.shape
-        return self.mlp.draw_noise(batch * height * width, x.device)
-
     def forward(
-        self, x: Tensor, tables: WindowTables, keep: Tensor | None = None, noise: Tensor | None = None
+        self, x: Tensor, tables: WindowTables, keep: Tensor | None = None, recompute: bool = False
     ) -> tuple[Tensor, RoutingStats | None]:
         """(B, H, W, D) -> the same, and what the expert layer reports (None without one).
 
         `keep` (2, B): factor of each image's attention and MLP branch, 0 or 1/(keep rate); None keeps all.
+        `recompute`: activations inside the block are not kept but computed again in the backward pass.
         """
-        y = self.attn(self.norm1(x), tables) if self.pre_norm else self.norm1(self.attn(x, tables))
-        x = _add(x, y, None if keep is None else keep[0])
-        y, stats = self._feed_forward(self.norm2(x) if self.pre_norm else x, noise)
-        x = _add(x, y if self.pre_norm else self.norm2(y), None if keep is None else keep[1])
-        return (x if self.norm3 is None else self.norm3(x)), stats
+        keep_attn, keep_mlp = (None, None) if keep is None else keep.unbind(0)
+        if recompute:
+            return self._recomputed(x, tables, keep_attn, keep_mlp)
+        x, h = self._attend(x, tables, keep_attn)
+        y, stats = self.mlp(h) if isinstance(self.mlp, MoEMlp) else (self.mlp(h), None)
+        return self._close(x, y, keep_mlp), stats
 
-    def _feed_forward(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, RoutingStats | None]:
-        if isinstance(self.mlp, MoEMlp):
-            return self.mlp(x, noise=noise)
-        return self.mlp(x), None
+    def _recomputed(
+        self, x: Tensor, tables: WindowTables, keep_attn: Tensor | None, keep_mlp: Tensor | None
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """The same in regions that are recomputed. Routing lies between them: noise is drawn, statistics are counted
+        and ranks tell each other their counts once."""
+        if not isinstance(self.mlp, MoEMlp):
+            return checkpoint(self._dense, x, tables, keep_attn, keep_mlp, use_reentrant=False), None
+        x, h = checkpoint(self._attend, x, tables, keep_attn, use_reentrant=False)
+        tokens = h.flatten(0, 2)
+        *assigned, stats = self.mlp.assign(tokens, self.mlp.draw_noise(tokens.shape[0], tokens.device))
+        return checkpoint(self._carry, self.mlp, x, tokens, assigned, keep_mlp, use_reentrant=False), stats
+
+    def _dense(self, x: Tensor, tables: WindowTables, keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
+        x, h = self._attend(x, tables, keep_attn)
+        return self._close(x, self.mlp(h), keep_mlp)
+
+    def _carry(self, mlp: MoEMlp, x: Tensor, tokens: Tensor, assigned: Sequence[Any], keep: Tensor | None) -> Tensor:
+        return self._close(x, mlp.carry(tokens, *assigned).view(x.shape), keep)
+
+    def _attend(self, x: Tensor, tables: WindowTables, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The attention branch: the main branch after it, and the input of the MLP."""
+        y = self.attn(self.norm1(x), tables) if self.pre_norm else self.norm1(self.attn(x, tables))
+        x = _add(x, y, keep)
+        return x, self.norm2(x) if self.pre_norm else x
+
+    def _close(self, x: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
+        """The MLP's output `y` joins the main branch."""
+        x = _add(x, y if self.pre_norm else self.norm2(y), keep)
+        return x if self.norm3 is None else self.norm3(x)
 
 
 def _add(x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:

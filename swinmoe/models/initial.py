@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from swinmoe.config import ModelConfig, resolve_style
-from swinmoe.models._experts import MoEMlp
+from swinmoe.moe import MoEMlp
 from swinmoe.randomness import generator
 
 _TABLES = ("relative_position_bias_table", "absolute_pos_embed")

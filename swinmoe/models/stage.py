@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from swinmoe.config import ModelConfig, resolve_style
 from swinmoe.models.attention import WindowTables
@@ -101,11 +100,7 @@ class SwinStage(nn.Module):
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         reports: dict[int, RoutingStats] = {}
         for i, (block, keep) in enumerate(zip(self._blocks(), keeps, strict=True)):
-            noise = block.gate_noise(x)
-            if recompute:
-                x, stats = checkpoint(block, x, tables[i % 2], keep, noise, use_reentrant=False)
-            else:
-                x, stats = block(x, tables[i % 2], keep, noise)
+            x, stats = block(x, tables[i % 2], keep, recompute)
             if stats is not None:
                 reports[i] = stats
         return x, reports

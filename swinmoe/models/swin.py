@@ -16,20 +16,20 @@ from torch.utils._pytree import register_dataclass
 
 from swinmoe.config import ModelConfig
 from swinmoe.errors import ConfigError
-from swinmoe.models._experts import MoEMlp
 from swinmoe.models.attention import AttentionImpl, WindowAttention
 from swinmoe.models.initial import initialize
 from swinmoe.models.layers import linear
 from swinmoe.models.patches import PatchEmbed
 from swinmoe.models.position import resize_image
 from swinmoe.models.stage import SwinStage, offset_reference, stage_map
+from swinmoe.moe import MoEMlp
 from swinmoe.moe.types import RoutingStats
 
 Pair = tuple[int, int]
 
 _NO_DECAY = re.compile(
     r"absolute_pos_embed|relative_position_bias_table|cpb_mlp|logit_scale"
-    r"|temperature|cosine_projector|sim_matrix|fc1_bias|fc2_bias"
+    r"|temperature|projector|sim_matrix|fc1_bias|fc2_bias"
 )
 
 
@@ -169,7 +169,7 @@ class SwinTransformer(nn.Module):
     @property
     def num_features(self) -> int:
         """Width of the last stage."""
-        return self.config.embed_dim * 2 ** (len(self.config.depths) - 1)
+        return int(self.config.embed_dim * 2 ** (len(self.config.depths) - 1))
 
     @property
     def in_chans(self) -> int:
@@ -265,7 +265,7 @@ class SwinTransformer(nn.Module):
                 module.attention_impl = impl
 
     def prepare_tables(self) -> None:
-        """Make the window tables anew on the weights' device and in their dtype (after `to_empty` or a change of dtype)."""
+        """Make the window tables anew on the weights' device and in their dtype: after `to_empty`, or another dtype."""
         for stage in self._stages():
             stage.prepare(self.config, self.norm.weight.device, self.norm.weight.dtype)
 
