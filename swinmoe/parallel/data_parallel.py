@@ -31,8 +31,7 @@ def wrap_data_parallel(model: nn.Module, mesh: Mesh, accelerator_prepare: Prepar
         model: after `apply_expert_parallel`.
         mesh: this rank's place.
         accelerator_prepare: an Accelerator, or a function such as its `prepare_model`, which places the model on its
-            device and wraps it in DDP; it must not register a communication hook of its own nor broadcast
-            buffers. None = plain DDP.
+            device and wraps it in DDP; it must not register a communication hook of its own. None = plain DDP.
     """
     prepare = getattr(accelerator_prepare, "prepare_model", accelerator_prepare)
     if mesh.world == 1:
@@ -40,16 +39,20 @@ def wrap_data_parallel(model: nn.Module, mesh: Mesh, accelerator_prepare: Prepar
     # DDP reads this attribute of the module it wraps, whoever wraps it.
     model._ddp_params_and_buffers_to_ignore = sorted(expert_parameter_names(model))  # type: ignore[assignment]
     if prepare is None:
-        wrapped: nn.Module = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        wrapped: nn.Module = DistributedDataParallel(model, gradient_as_bucket_view=True)
     else:
         wrapped = prepare(model)
     assert isinstance(wrapped, DistributedDataParallel), f"{type(wrapped).__name__} is not DDP, on {mesh.world} ranks"
-    assert not wrapped.broadcast_buffers, "DDP would overwrite the buffers of all ranks by those of rank 0"
+    # Routers keep their buffers equal on all ranks themselves, once per optimiser step. The attribute and not the
+    # argument: torch 2.14 renames the argument, and Accelerate knows its old name only.
+    wrapped.broadcast_buffers = False
     wrapped.register_comm_hook(mesh.world_group, _sum_bucket)
     return wrapped
 
 
-def _sum_bucket(group: dist.ProcessGroup, bucket: Any) -> torch.futures.Future[Tensor]:
+# Without annotations: DDP compares them with its own types, and here all annotations are strings.
+def _sum_bucket(group, bucket):  # type: ignore[no-untyped-def]
+    """DDP's communication hook: the default one divides by the number of ranks first."""
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     assert work is not None
     return work.get_future().then(lambda done: done.value()[0])

@@ -64,9 +64,10 @@ class ExpertParallelExecution:
             agreed = torch.tensor(slots, device=counts.device)
             dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
             return Route(matrix=None, slots=int(agreed))
-        matrix = counts.new_empty((self.mesh.ep_size, counts.numel()))
-        dist.all_gather_into_tensor(matrix, counts.contiguous(), group=group)
-        return Route(matrix=matrix.cpu(), slots=None)
+        gathered = counts.new_empty(self.mesh.ep_size * counts.numel())
+        dist.all_gather_into_tensor(gathered, counts.contiguous(), group=group)
+        matrix = gathered.cpu().view(self.mesh.ep_size, counts.numel())
+        return Route(matrix=matrix, slots=None, rows=int(matrix[self.mesh.ep_rank].sum()))
 
     def run(self, x: ExpertRows, route: Route, w: ExpertWeights, fn: ExpertFn) -> Tensor:
         """Expert outputs in the order and shape of `x.rows`: ragged (N, D) or padded (E, S, D)."""
@@ -102,6 +103,6 @@ class ExpertParallelExecution:
         # (G, e, S, D) -> (e, G·S, D): an expert sees the rows of all sources as one block.
         block = arrived.view(size, local, slots, dim).transpose(0, 1).reshape(local, size * slots, dim)
         done = fn(block, None, w)
-        outgoing = done.view(local, size, slots, -1).transpose(0, 1).reshape(experts * slots, -1)
+        outgoing = done.view(local, size, slots, dim).transpose(0, 1).reshape(experts * slots, dim)
         returned = all_to_all_rows(outgoing, even, even, group, f"{self.layer}: returning tokens from experts")
-        return returned.view(experts, slots, -1)[:, :own_slots]
+        return returned.view(experts, slots, dim)[:, :own_slots]

@@ -72,8 +72,7 @@ def make_accelerator(
         mixed_precision=AUTOCAST[precision],
         log_with=None if tensorboard_dir is None else "tensorboard",
         project_dir=None if tensorboard_dir is None else str(tensorboard_dir),
-        # Buffers: routers keep theirs equal on all ranks themselves, once per optimiser step.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in known:
