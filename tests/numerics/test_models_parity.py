@@ -11,11 +11,11 @@ import os
 
 import pytest
 import torch
+from models_oracles import SIZES, gap, overwrite, sharpen_offsets, to_timm, to_torchvision
 from torch import Tensor, nn
 
 from swinmoe.config import ModelConfig
 from swinmoe.models import SwinTransformer, build_model
-from tests.numerics.models_oracles import SIZES, gap, overwrite, sharpen_offsets, to_timm, to_torchvision
 
 FULL = os.environ.get("SWINMOE_FULL") == "1"
 CLASSES = 11
