@@ -9,13 +9,14 @@ import torch
 from swinmoe.config import DataConfig
 from swinmoe.data.dataset import ImageDataset
 from swinmoe.data.digits import load_digits
+from swinmoe.data.draws import isolated_rng
 from swinmoe.data.fashion_mnist import load_fashion_mnist
 from swinmoe.data.folder import load_folder
 from swinmoe.data.source import RawData
 from swinmoe.data.synthetic import load_synthetic
 from swinmoe.data.transforms import check_augment
 from swinmoe.errors import ConfigError, DataError
-from swinmoe.randomness import generator
+from swinmoe.randomness import derive_seed, generator
 
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -48,6 +49,12 @@ def build_data(cfg: DataConfig, *, seed: int) -> DataBundle:
         ConfigError: settings that cannot be met.
     """
     _check(cfg)
+    # Libraries are imported when first needed, and the import of some (scikit-learn) draws from global random state.
+    with isolated_rng(derive_seed("build")):
+        return _build(cfg, seed)
+
+
+def _build(cfg: DataConfig, seed: int) -> DataBundle:
     raw = _load(cfg)
     train, evaluation, split = raw.train, raw.eval, raw.eval_split
     if cfg.holdout:

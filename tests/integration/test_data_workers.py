@@ -68,7 +68,9 @@ def test_a_resumed_run_in_another_process_sees_the_same_batches(tmp_path: Path) 
     script = (
         "import sys, random; random.seed(99); sys.path.insert(0, sys.argv[1])\n"
         "from test_data_workers import _run\n"
+        "before = random.getstate()\n"
         "print(_run(2, 3, 6))\n"
+        "assert random.getstate() == before, 'a library drew from global random state when imported'\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(Path(__file__).parent)],
