@@ -22,6 +22,8 @@ from swinmoe.report.wording import duration_of, prefix_of
 SMOOTH_FROM = 40
 """Curves with at least so many points are averaged over a twentieth of their length, and set their frame without the
 first eighth, in which the loss falls from a height that would flatten everything after it."""
+BAND_FROM = 3
+"""Seeds from which the interval is drawn: over two, t(0.975, 1)/√2 = 9 standard deviations would fill every panel."""
 AXES = ("step", "flops", "seconds")
 
 
@@ -102,7 +104,7 @@ def _draw(
     x, mean, half = mean_curve(mean_of, name)
     marker = "o" if len(mean) < 15 else ""
     axes.plot(x / factor, mean * scale, color=colour, linewidth=2.2, marker=marker, markersize=3.5)
-    if half is not None:
+    if half is not None and len(mean_of) >= BAND_FROM:
         axes.fill_between(
             x / factor, (mean - half) * scale, (mean + half) * scale, color=colour, alpha=0.14, linewidth=0
         )

@@ -47,10 +47,10 @@ def standing(summary: Summary) -> str:
     """Where an unfinished run stands."""
     going = [p for p in summary.progress if not p.finished]
     done = len(summary.progress) - len(going)
-    where = [f"{p.arm} seed {p.seed} at step {p.steps} of {p.planned or 'an unknown number'}" for p in going]
+    where = [f"{p.arm} seed {p.seed} (step {p.steps}{f' of {p.planned}' if p.planned else ''})" for p in going]
     shown = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
-    basis = "finished seeds count, where an arm has any" if done else "numbers so far"
-    return f"Unfinished: {done} of {len(summary.progress)} runs are done ({shown} to come; {basis})."
+    basis = "Only finished seeds count for an arm that has any." if done else "All numbers are those so far."
+    return f"Unfinished: {done} of {len(summary.progress)} runs are done; still to go: {shown}. {basis}"
 
 
 def alone(arm: ArmSummary, split: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 CONFIDENCE = 0.95
 
@@ -45,7 +45,7 @@ class Estimate:
 
 def t_factor(count: int) -> float:
     """Half width of the interval of a mean over its sample standard deviation: t(0.975, n−1)/√n, for n ≥ 2."""
-    return float(stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1)) / math.sqrt(count)
+    return float(special.stdtrit(count - 1, 0.5 + CONFIDENCE / 2)) / math.sqrt(count)
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:

@@ -216,4 +216,5 @@ def _write_shares(axes: Axes, share: Array, theme: Theme) -> None:
     for (row, column), value in np.ndenumerate(share):
         if value >= 0.005:
             colour = theme.surface if value > 0.5 * strongest else theme.ink
-            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+            text = axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+            text.set_in_layout(False)  # inside the axes anyway, and there are many

@@ -113,6 +113,18 @@ def _curves(records: Sequence[Line], key: str, lines_of: Callable[[str, int], li
     return out
 
 
+def late_loss(lines: Sequence[Line]) -> float | None:
+    """Mean loss over the last tenth of the steps, from the step lines of one run; as `final` lines measure it.
+
+    Every line speaks for the steps since the one before it.
+    """
+    points = [(int(x["step"]), float(x["loss"])) for x in lines if x.get("loss") is not None and x.get("step")]
+    if not points:
+        return None
+    late = [(b[0] - a[0], b[1]) for a, b in pairwise([(0, 0.0), *points]) if b[0] > 0.9 * points[-1][0]]
+    return sum(steps * loss for steps, loss in late) / sum(steps for steps, _ in late)
+
+
 def images_per_second(lines: Sequence[Line]) -> float | None:
     """Median over logged intervals of images per second of step time; `lines` are the step lines of one run.
 

@@ -15,6 +15,7 @@ from swinmoe.report.series import (
     evaluations,
     images_per_second,
     last,
+    late_loss,
     seeds_of,
     select,
 )
@@ -60,7 +61,7 @@ class ArmSummary:
     images_per_second: Estimate | None
     """Per seed the median over logged intervals."""
     loss: Estimate | None
-    """Final training loss."""
+    """Training loss over the last tenth of the steps."""
     accuracy: Estimate | None
     """Final held-out accuracy, 0 to 1."""
 
@@ -171,20 +172,20 @@ def _counted(progress: Sequence[Progress], arm: str) -> tuple[int, ...]:
 
 
 def _numbers(records: Sequence[Line], run: Progress) -> dict[str, float | None]:
-    """The numbers of one arm and seed: those of its `final` line, else of its last step and evaluation."""
+    """The numbers of one arm and seed: those of its `final` line, else of its newest steps and evaluation."""
     steps = select(records, "step", run.arm, run.seed)
     final = last(records, "final", run.arm, run.seed)
     evals = evaluations(records, run.arm, run.seed)
 
-    def latest(lines: Sequence[Line], key: str) -> float | None:
+    def newest(lines: Sequence[Line], key: str) -> float | None:
         return next((x[key] for x in reversed(lines) if x.get(key) is not None), None)
 
     return {
         "steps": run.steps or None,
-        "loss": latest([*steps, final], "loss"),
-        "accuracy": latest([*evals, final], "accuracy"),
-        "flops": latest(steps, "flops"),
-        "seconds": latest(steps, "seconds"),
+        "loss": final["loss"] if final.get("loss") is not None else late_loss(steps),
+        "accuracy": newest([*evals, final], "accuracy"),
+        "flops": newest(steps, "flops"),
+        "seconds": newest(steps, "seconds"),
         "images_per_second": images_per_second(steps),
     }
 

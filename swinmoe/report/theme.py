@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image
 
 DPI = 150
 
@@ -111,18 +113,18 @@ def styled(theme: Theme) -> Iterator[None]:
 
 def new_figure(width: float, height: float, row_gap: float = 0.04) -> Figure:
     """An empty figure in inches, laid out so that labels never overlap; no global state, no display."""
-    figure = Figure(figsize=(width, height), dpi=DPI, layout=ConstrainedLayoutEngine(h_pad=row_gap))
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=DPI, layout=ConstrainedLayoutEngine(h_pad=row_gap))
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as PNG bytes."""
-    buffer = io.BytesIO()
+    """The figure as PNG bytes, drawn once (`savefig` would draw and lay it out twice)."""
+    canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
         # A class name in a script that the font lacks shows as boxes; that is no reason to stop or to shout.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        canvas.draw()
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -67,5 +67,6 @@ def spread(value: Estimate | None, digits: int, scale: float = 1.0, *, sign: boo
 
 
 def _three_digits(value: float) -> str:
-    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:.{min(max(digits, 0), 3)}f}"
+    rounded = float(f"{value:.3g}")
+    digits = 2 - math.floor(math.log10(abs(rounded))) if rounded else 0
+    return f"{rounded:.{min(max(digits, 0), 3)}f}"
