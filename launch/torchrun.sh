@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Run swinmoe on several machines, or restart it by itself after a failure. Call it on every machine with the same arguments.
+#
+#   launch/torchrun.sh --nodes N --head HOST:PORT [--per-node P] [--restarts R] [--job ID] [--] COMMAND [ARGUMENT ...]
+#   launch/torchrun.sh --nodes 2 --head node0:29500 train configs/train/swin_moe_s_192_w12_e8.yaml resume=auto
+#
+#   --nodes N       machines
+#   --head H:P      one of them, reachable from all, and a port free there: where they meet
+#   --per-node P    processes on this machine; default: one per GPU ("gpu"); a number on the CPU
+#   --restarts R    after a failure start all processes again, at most R times (default 0); use it with resume=auto
+#   --job ID        tells jobs apart that meet at the same address (default: swinmoe)
+#
+# The machines find each other by torch's c10d rendezvous: there is no node rank to set, in any order of starting.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+nodes="" head="" per_node="gpu" restarts=0 job="swinmoe"
+
+usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }
+fail() { echo "launch/torchrun.sh: $*" >&2; exit 2; }
+
+while [[ $# -gt 0 ]]; do
+  case "$1" in
+    --nodes | --head | --per-node | --restarts | --job)
+      [[ $# -ge 2 ]] || fail "$1 needs a value"
+      case "$1" in
+        --nodes) nodes="$2" ;;
+        --head) head="$2" ;;
+        --per-node) per_node="$2" ;;
+        --restarts) restarts="$2" ;;
+        --job) job="$2" ;;
+      esac
+      shift 2
+      ;;
+    -h | --help) usage; exit 0 ;;
+    --) shift; break ;;
+    -*) fail "unknown option $1; see --help" ;;
+    *) break ;;
+  esac
+done
+[[ "$nodes" =~ ^[1-9][0-9]*$ ]] || fail "--nodes needs the number of machines, for example --nodes 2"
+[[ "$head" == *:* ]] || fail "--head needs HOST:PORT, the same on every machine, for example --head node0:29500"
+[[ $# -gt 0 ]] || fail "no command given; for example: train CONFIG"
+
+if [[ -z "${PYTHON:-}" ]]; then
+  if [[ -x "$root/.venv/bin/python" ]]; then PYTHON="$root/.venv/bin/python"; else PYTHON="$(command -v python3)"; fi
+fi
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+# One thread per process unless told otherwise, without torchrun's warning that it chose so.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+exec "$PYTHON" -m torch.distributed.run \
+  --nnodes "$nodes" --nproc-per-node "$per_node" --max-restarts "$restarts" \
+  --rdzv-backend c10d --rdzv-endpoint "$head" --rdzv-id "$job" \
+  --module swinmoe.cli "$@"

@@ -1,0 +1,128 @@
+"""launch/local.sh starts processes that find each other, from any directory, and hands their exit status on.
+
+The package that it starts is a stand-in of a few lines: what is tested is the launcher, not training.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.distributed
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+
+STAND_IN = """
+import os, sys, time
+rank = int(os.environ.get("RANK", "0"))
+if sys.argv[1] == "meet":
+    import torch, torch.distributed as dist
+    dist.init_process_group("gloo")
+    total = torch.tensor(rank + 1)
+    dist.all_reduce(total)
+    dist.destroy_process_group()
+    if rank == 0:
+        print("sum", int(total), "arguments", *sys.argv[2:], "threads", os.environ["OMP_NUM_THREADS"])
+elif sys.argv[1] == "fail":
+    if rank == 1:
+        sys.exit(int(sys.argv[2]))
+    time.sleep(600)
+else:
+    print("rank" in os.environ, sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    shutil.copytree(LAUNCH, tmp_path / "checkout" / "launch")
+    package = tmp_path / "checkout" / "swinmoe"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "cli.py").write_text(STAND_IN)
+    return tmp_path / "checkout"
+
+
+def launch(checkout: Path, *arguments: str, script: str = "local.sh", **extra: str) -> subprocess.CompletedProcess[str]:
+    keep = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR")}
+    return subprocess.run(
+        [str(checkout / "launch" / script), *arguments],
+        cwd=checkout.parent,
+        env={**keep, "PYTHON": sys.executable, **extra},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_several_processes_meet(checkout: Path) -> None:
+    done = launch(checkout, "--processes", "3", "meet", "c.yaml", "a.b=1", "--flag", OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "sum 6 arguments c.yaml a.b=1 --flag threads 2\n"
+
+
+def test_the_failing_process_ends_the_job_with_its_status(checkout: Path) -> None:
+    assert launch(checkout, "--processes=2", "--cpu", "fail", "7").returncode == 7
+
+
+def test_one_process_needs_no_launcher(checkout: Path) -> None:
+    done = launch(checkout, "--processes", "1", "anything", "x")
+    assert (done.returncode, done.stdout) == (0, "False ['anything', 'x']\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no command given"),
+        (["--processes", "none", "train"], "--processes none is not a positive number"),
+        (["--procs", "2", "train"], "unknown option --procs"),
+    ],
+)
+def test_wrong_arguments_are_explained(checkout: Path, arguments: list[str], message: str) -> None:
+    done = launch(checkout, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_two_agents_meet_as_two_machines(checkout: Path) -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        head = f"127.0.0.1:{probe.getsockname()[1]}"
+    keep = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR")}
+    command = [
+        str(checkout / "launch" / "torchrun.sh"),
+        "--nodes",
+        "2",
+        "--head",
+        head,
+        "--per-node",
+        "1",
+        "meet",
+        "c.yaml",
+    ]
+    agents = [
+        subprocess.Popen(
+            command,
+            cwd=checkout.parent,
+            env={**keep, "PYTHON": sys.executable},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        outputs = [agent.communicate(timeout=120) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+            agent.wait()
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert sorted(out for out, _ in outputs) == ["", "sum 3 arguments c.yaml threads 1\n"]
