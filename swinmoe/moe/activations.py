@@ -1,36 +1,34 @@
-"""Expert activations with their derivatives, for code that keeps pre-activations and nothing else.
+"""Expert activations with their derivatives, for code that writes its own backward pass.
 
 Shapes: n rows, F hidden width of an expert.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-class Activation(Protocol):
-    """(n, rows_per_hidden·F) -> (n, F)."""
+class Activation:
+    """(n, rows_per_hidden·F) -> (n, F), row by row and hidden unit by hidden unit. One of your own overrides `value`."""
 
-    rows_per_hidden: int
+    rows_per_hidden: int = 1
     """Rows of fc1 for each hidden unit: 1, or 2 with a gate."""
 
     def value(self, pre: Tensor) -> Tensor:
-        """Made of ordinary differentiable operations."""
-        ...
+        """Made of ordinary differentiable operations; leaves `pre` as it is."""
+        raise NotImplementedError
 
     def gradient(self, grad: Tensor, pre: Tensor) -> Tensor:
-        """Gradient of `pre` from the gradient of the value. May overwrite `grad`."""
-        ...
+        """Gradient of `pre` from the gradient of the value; override it where a faster form is known."""
+        with torch.enable_grad():
+            leaf = pre.detach().requires_grad_()
+            return torch.autograd.grad(self.value(leaf), leaf, grad)[0]
 
 
-class Gelu:
+class Gelu(Activation):
     """x·Φ(x), exact (Hendrycks & Gimpel 2016), as in Swin's MLPs."""
-
-    rows_per_hidden = 1
 
     def value(self, pre: Tensor) -> Tensor:
         """(n, F) -> (n, F)."""
@@ -42,7 +40,7 @@ class Gelu:
         return out
 
 
-class SwiGlu:
+class SwiGlu(Activation):
     """value·SiLU(gate) (Shazeer 2020). Columns 2i and 2i + 1 of `pre` are value and gate of hidden unit i."""
 
     rows_per_hidden = 2

@@ -4,10 +4,9 @@ Shapes: N rows ordered (source, local expert), S sources, e experts here, D widt
 A = rows_per_hidden·F rows of fc1.
 
 Three ways to the same numbers:
-- blocks: an autograd Function of our own, for CPU. It walks over blocks of rows that fit the cache, keeps only
-  pre-activations, and adds weight gradients to their final place. With many experts, weights are most of the memory
-  traffic, and a gradient that is first written to a fresh stack and then added to `.grad` costs three times that of one
-  that the matrix product itself accumulates;
+- blocks: an autograd Function of our own, for CPU. It keeps what a dense MLP keeps, and adds weight gradients to their
+  final place. With many experts, weights are most of the memory traffic, and a gradient that is first written to a
+  fresh stack and then added to `.grad` costs several times that of one that the matrix product itself accumulates;
 - grouped: `torch.nn.functional.grouped_mm`, for bfloat16 on GPUs that have the kernel;
 - plain: one `linear` per expert in ordinary autograd, for everything else.
 The paths for GPUs were never run on one: the second is tested on CPU, where the operator exists too.
@@ -28,8 +27,9 @@ from swinmoe.moe.activations import Activation
 from swinmoe.moe.precision import autocast_dtype
 from swinmoe.moe.types import ExpertWeights
 
-BLOCK_ROWS = 256
-"""Rows of a block: with F = 1536 in float32 its hidden activations are 1.5 MB, about a core's second-level cache."""
+BLOCK_BYTES = 16 * 2**20
+"""Size up to which pre-activations come in one block. Larger blocks make faster products, but above 32 MB glibc maps
+and unmaps every allocation, and touching fresh pages costs as much as the activation itself."""
 
 
 class Block(NamedTuple):
@@ -182,7 +182,7 @@ def blocked_mlp(
     if dropout:
         hidden = (len(rows), w.fc2.shape[2])
         keep = torch.empty(hidden, dtype=torch.bool, device=rows.device).bernoulli_(1 - dropout)
-    blocks = blocks_of(counts, BLOCK_ROWS)
+    blocks = blocks_of(counts, max(1, BLOCK_BYTES // max(1, w.fc1.shape[1] * rows.element_size())))
     tensors = (w.fc1, w.b1, w.fc2, w.b2)
     # Inside `forward` gradient mode is off, whoever calls: ask here whether a backward pass can follow.
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, *tensors))
@@ -207,17 +207,17 @@ class _BlockedMlp(torch.autograd.Function):
     ) -> Tensor:
         scale = 1 / (1 - dropout)
         out = rows.new_empty(len(rows), fc2.shape[1])
-        pre_activations = []
+        activations: list[Tensor] = []
         for expert, start, stop in blocks:
             pre = _affine(rows[start:stop], fc1[expert], None if b1 is None else b1[expert])
-            if training:
-                pre_activations.append(pre)
             hidden = activation.value(pre)
             if keep is not None:
                 hidden = hidden * keep[start:stop] * scale
             _affine(hidden, fc2[expert], None if b2 is None else b2[expert], out=out[start:stop])
+            if training:
+                activations += (pre, hidden)
         if training:
-            ctx.save_for_backward(rows, fc1, fc2, keep, *pre_activations)
+            ctx.save_for_backward(rows, fc1, fc2, keep, *activations)
             # Saved tensors may come back as copies (checkpointing, offloading); only the parameter itself has `.grad`.
             ctx.parameters = (fc1, fc2)
             ctx.bias_dtypes = (None if b1 is None else b1.dtype, None if b2 is None else b2.dtype)
@@ -232,25 +232,22 @@ class _BlockedMlp(torch.autograd.Function):
 
 @once_differentiable
 def _blocked_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    rows, fc1, fc2, keep, *pre_activations = ctx.saved_tensors
+    rows, fc1, fc2, keep, *activations = ctx.saved_tensors
     needs_rows, needs_fc1, needs_b1, needs_fc2, needs_b2 = ctx.needs_input_grad[:5]
     grad_rows = torch.empty_like(rows) if needs_rows else None
     grad_fc1 = _WeightGradient(ctx.parameters[0], ctx.creates_graph) if needs_fc1 else None
     grad_fc2 = _WeightGradient(ctx.parameters[1], ctx.creates_graph) if needs_fc2 else None
     grad_b1 = fc1.new_zeros(fc1.shape[:2], dtype=ctx.bias_dtypes[0]) if needs_b1 else None
     grad_b2 = fc2.new_zeros(fc2.shape[:2], dtype=ctx.bias_dtypes[1]) if needs_b2 else None
-    for (expert, start, stop), pre in zip(ctx.blocks, pre_activations, strict=True):
+    for (expert, start, stop), pre, hidden in zip(ctx.blocks, activations[::2], activations[1::2], strict=True):
         grad_out = grad[start:stop]
         if grad_b2 is not None:
             grad_b2[expert] += grad_out.sum(0)
         if grad_fc2 is not None:
-            hidden = ctx.activation.value(pre)
-            if keep is not None:
-                hidden = hidden * keep[start:stop] * ctx.scale
             grad_fc2.add(expert, grad_out, hidden)
         grad_hidden = grad_out @ fc2[expert].to(grad_out.dtype)
         if keep is not None:
-            grad_hidden = grad_hidden * keep[start:stop] * ctx.scale
+            grad_hidden.mul_(keep[start:stop]).mul_(ctx.scale)
         grad_pre = ctx.activation.gradient(grad_hidden, pre)
         if grad_b1 is not None:
             grad_b1[expert] += grad_pre.sum(0)
