@@ -32,15 +32,24 @@ def build_model(
     return model
 
 
-def create_model(
-    name: str, *, seed: int = 0, device: torch.device | str | None = None, **overrides: Any
-) -> SwinTransformer:
-    """A preset's model by name, with any keys of `ModelConfig` laid on top, e.g. `num_classes=10, moe=None`.
+def preset_config(name: str, **overrides: Any) -> ModelConfig:
+    """A preset's configuration with any keys of `ModelConfig` laid on top.
 
-    Overrides may be plain values, nested mappings (merged into the preset's) or config objects (which replace them).
+    Overrides may be plain values, nested mappings (merged into the preset's) or config objects (every key of which
+    counts, defaults too).
 
     Raises:
         ConfigError: an unknown preset or key (with suggestions), or values that contradict each other.
     """
     plain = {key: to_tree(value) if is_dataclass(value) else value for key, value in overrides.items()}
-    return build_model(build(ModelConfig, {"preset": name, **plain}), seed=seed, device=device)
+    return build(ModelConfig, {"preset": name, **plain})
+
+
+def create_model(
+    name: str, *, seed: int = 0, device: torch.device | str | None = None, **overrides: Any
+) -> SwinTransformer:
+    """A preset's model by name, with keys of `ModelConfig` laid on top, e.g. `num_classes=10, moe=None`.
+
+    See `preset_config` for overrides and errors, `build_model` for `seed` and `device`.
+    """
+    return build_model(preset_config(name, **overrides), seed=seed, device=device)
