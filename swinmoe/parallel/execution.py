@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from swinmoe.comm import all_reduce_sum, all_to_all_rows
+from swinmoe.comm import all_gather_rows, all_reduce_sum, all_to_all_rows
 from swinmoe.moe.execution import LocalExecution
 from swinmoe.moe.types import ExpertFn, ExpertRows, ExpertWeights, Route
 from swinmoe.parallel.mesh import Mesh
@@ -64,9 +64,7 @@ class ExpertParallelExecution:
             agreed = torch.tensor(slots, device=counts.device)
             dist.all_reduce(agreed, dist.ReduceOp.MAX, group=group)
             return Route(matrix=None, slots=int(agreed))
-        gathered = counts.new_empty(self.mesh.ep_size * counts.numel())
-        dist.all_gather_into_tensor(gathered, counts.contiguous(), group=group)
-        matrix = gathered.cpu().view(self.mesh.ep_size, counts.numel())
+        matrix = all_gather_rows(counts, group).cpu().view(self.mesh.ep_size, counts.numel())
         return Route(matrix=matrix, slots=None, rows=int(matrix[self.mesh.ep_rank].sum()))
 
     def run(self, x: ExpertRows, route: Route, w: ExpertWeights, fn: ExpertFn) -> Tensor:

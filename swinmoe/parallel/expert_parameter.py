@@ -5,10 +5,9 @@ Shapes: E experts counted globally, e = E/ep_size held here; the leading axis of
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from swinmoe.comm import all_gather_rows
 from swinmoe.parallel.mesh import Mesh
 
 
@@ -34,7 +33,6 @@ def _is_spread(tensor: Tensor, parameter: Tensor, mesh: Mesh) -> bool:
     return mesh.ep_size > 1 and is_expert_parameter(parameter) and tensor.dim() > 0
 
 
-@torch.no_grad()
 def gather_full(tensor: Tensor, parameter: Tensor, mesh: Mesh) -> Tensor:
     """The whole (E, ...) of a local slice (e, ...), on every rank; `tensor` itself where nothing is spread.
 
@@ -43,9 +41,7 @@ def gather_full(tensor: Tensor, parameter: Tensor, mesh: Mesh) -> Tensor:
     """
     if not _is_spread(tensor, parameter, mesh):
         return tensor
-    full = tensor.new_empty((tensor.shape[0] * mesh.ep_size, *tensor.shape[1:]))
-    dist.all_gather_into_tensor(full, tensor.detach().contiguous(), group=mesh.ep_group)
-    return full
+    return all_gather_rows(tensor, mesh.ep_group)
 
 
 def take_local(full: Tensor, parameter: Tensor, mesh: Mesh) -> Tensor:

@@ -43,8 +43,7 @@ def _serve(rank: int, world: int, meeting_point: str, port: int, calls: Connecti
     import torch.distributed as dist
 
     warnings.simplefilter("error")
-    for category in (DeprecationWarning, FutureWarning):
-        warnings.filterwarnings("ignore", category=category, module="torch")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank),

@@ -15,14 +15,17 @@ import torch.distributed as dist
 from pool import Pool
 from torch import Tensor
 
+import swinmoe.parallel.execution
 from swinmoe.config import (
     BalanceLossConfig,
     CapacityConfig,
     CapacityPolicy,
+    ExpertConfig,
     MoEConfig,
     ParallelConfig,
     RouterConfig,
 )
+from swinmoe.errors import ConfigError
 from swinmoe.moe import MoEMlp
 from swinmoe.parallel import (
     apply_expert_parallel,
@@ -158,8 +161,6 @@ def test_four_ranks_in_every_mesh(pool4: Pool, layout: str, ep_size: int) -> Non
 
 @pytest.mark.parametrize("expert", ["gelu", "swiglu"])
 def test_other_layers_spread_too(pool2: Pool, expert: str) -> None:
-    from swinmoe.config import ExpertConfig
-
     cfg = config(
         router=RouterConfig(type="cosine", proj_dim=4, normalize_gates=True),
         experts=ExpertConfig(type=expert, hidden_ratio=0.5),
@@ -176,31 +177,30 @@ def traffic(layout: str) -> tuple[dict[str, int], dict[str, int]]:
     apply_expert_parallel(layer, make_mesh(ParallelConfig(ep_size=2), 4))
     calls: Counter[str] = Counter()
 
-    def counted(name: str) -> Any:
-        genuine = getattr(dist, name)
+    def counting(owner: Any, name: str) -> Any:
+        genuine = getattr(owner, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
             calls[name] += 1
             return genuine(*arguments, **options)
 
-        return genuine, call
+        return call
 
-    genuine = {}
-    for name in ("all_to_all_single", "all_gather_into_tensor", "all_reduce"):
-        genuine[name], replacement = counted(name)
-        setattr(dist, name, replacement)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in (
+            (dist, "all_to_all_single"),
+            (dist, "all_reduce"),
+            (swinmoe.parallel.execution, "all_gather_rows"),
+        ):
+            patch.setattr(owner, name, counting(owner, name))
         y, _ = layer(tokens_of_all([5, 3])[dist.get_rank()].requires_grad_())
         forward = dict(calls)
         calls.clear()
         y.sum().backward()
-        return forward, dict(calls)
-    finally:
-        for name, function in genuine.items():
-            setattr(dist, name, function)
+    return forward, dict(calls)
 
 
-@pytest.mark.parametrize(("layout", "metadata"), [("ragged", "all_gather_into_tensor"), ("padded", "all_reduce")])
+@pytest.mark.parametrize(("layout", "metadata"), [("ragged", "all_gather_rows"), ("padded", "all_reduce")])
 def test_a_layer_costs_one_metadata_call_and_two_exchanges_each_way(pool2: Pool, layout: str, metadata: str) -> None:
     for forward, backward in pool2.run(traffic, layout):
         assert forward == {metadata: 1, "all_to_all_single": 2}
@@ -224,8 +224,6 @@ def test_a_deep_copy_stays_spread_and_shares_the_groups(pool2: Pool) -> None:
 
 def refusals() -> list[str]:
     """Messages of what `make_mesh` and `apply_expert_parallel` refuse, on every rank alike."""
-    from swinmoe.errors import ConfigError
-
     messages = []
     mesh = make_mesh(ParallelConfig(ep_size=2), 4)
     layer = make_layer(config())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -90,8 +91,6 @@ def test_wrong_arguments_are_explained(checkout: Path, arguments: list[str], mes
 
 
 def test_two_agents_meet_as_two_machines(checkout: Path) -> None:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         head = f"127.0.0.1:{probe.getsockname()[1]}"

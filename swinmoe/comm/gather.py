@@ -1,0 +1,24 @@
+"""A gather over ranks, for what needs no gradient: counts, checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from swinmoe.comm.all_to_all import Group
+
+# torch 2.14 renames it and warns of the old name, which is the only one before.
+_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@torch.no_grad()
+def all_gather_rows(x: Tensor, group: Group) -> Tensor:
+    """`x` (n, ...) of all ranks one after another, (G·n, ...) for G ranks; equal shapes everywhere; None = `x`."""
+    if group is None:
+        return x
+    gathered = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
+    _gather(gathered, x.detach().contiguous(), group=group)
+    return gathered
