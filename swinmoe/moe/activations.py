@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Activation:
-    """(n, rows_per_hidden·F) -> (n, F), row by row and hidden unit by hidden unit. One of your own overrides `value`."""
+    """(n, rows_per_hidden·F) -> (n, F), each row and hidden unit by itself. One of your own overrides `value`."""
 
     rows_per_hidden: int = 1
     """Rows of fc1 for each hidden unit: 1, or 2 with a gate."""

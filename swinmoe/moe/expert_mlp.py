@@ -89,7 +89,7 @@ def _dropped(hidden: Tensor, dropout: float) -> Tensor:
     return F.dropout(hidden, dropout) if dropout else hidden
 
 
-# ---------------------------------------------------------------------------------------------------------------- plain
+# --------------------------------------------------------------------------------------------------------------- plain
 
 
 def plain_mlp(
@@ -117,7 +117,7 @@ def _batched(rows: Tensor, w: ExpertWeights, activation: Activation, dropout: fl
     return out if w.b2 is None else out + w.b2.to(out.dtype).unsqueeze(1)
 
 
-# -------------------------------------------------------------------------------------------------------------- grouped
+# ------------------------------------------------------------------------------------------------------------- grouped
 
 
 def _has_grouped_kernel(rows: Tensor, w: ExpertWeights) -> bool:
@@ -170,7 +170,7 @@ class _ContiguousGradient(torch.autograd.Function):
         return grad.contiguous()
 
 
-# --------------------------------------------------------------------------------------------------------------- blocks
+# -------------------------------------------------------------------------------------------------------------- blocks
 
 
 def blocked_mlp(
