@@ -120,8 +120,10 @@ class MoEMlp(nn.Module):
             y = y + self.shared.function(self.training)(tokens, everyone, self.shared.weights())
         return y
 
-    def _num_rows(self, queues: Queues, route: Route) -> int:
-        """Kept choices on this rank, without asking the device if anyone knows."""
+    def _num_rows(self, queues: dispatch.Queues, route: Route) -> int | None:
+        """Kept choices on this rank where the layout depends on them, without asking the device if anyone knows."""
+        if route.matrix is None:
+            return None
         if queues.kept is None:
             return queues.slot.numel()
         return int(queues.counts.sum()) if route.rows is None else route.rows
