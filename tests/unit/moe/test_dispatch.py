@@ -78,7 +78,7 @@ def test_without_a_limit_nothing_is_masked():
         (1.0, 3, 2, 1, 1, 2),
         (1.25, 64, 8, 1, 1, 10),
         (1.25, 64, 8, 2, 1, 20),
-        (1.25, 65, 8, 2, 1, 22),  # ceil(65/8) = 9, int(11.25) = 11, and only then times k
+        (1.25, 41, 8, 2, 1, 14),  # ceil(41/8) = 6, int(7.5) = 7, and only then times k
         (0.5, 4, 8, 1, 1, 1),  # Tutel's 0 slots, at which its layer fails
         (0.5, 4, 8, 1, 0, 0),
         (0.5, 4, 8, 2, 3, 3),

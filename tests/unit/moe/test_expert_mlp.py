@@ -138,7 +138,21 @@ def check(layer: MoEMlp, want: dict[str, Tensor], times: float = 1.0, plus: floa
         torch.testing.assert_close(p.grad, times * want[name] + plus, atol=1e-12, rtol=0, msg=name)
 
 
-def test_accumulates_into_existing_gradients_in_place():
+@pytest.fixture
+def in_place(monkeypatch) -> list[bool]:
+    """Whether each weight's gradient of a backward pass went straight into `.grad`, in order."""
+    seen: list[bool] = []
+
+    class Spy(module._WeightGradient):
+        def __init__(self, *args):
+            super().__init__(*args)
+            seen.append(self.in_place)
+
+    monkeypatch.setattr(module, "_WeightGradient", Spy)
+    return seen
+
+
+def test_accumulates_into_existing_gradients_in_place(in_place):
     layer, x = layer_and_input()
     want = expected_gradients(layer, x)
     for p in layer.parameters():
@@ -146,6 +160,7 @@ def test_accumulates_into_existing_gradients_in_place():
     buffers = [p.grad for p in layer.parameters()]
     layer(x)[0].square().sum().backward()
     check(layer, want, plus=1)
+    assert in_place[-2:] == [True, True]
     assert all(p.grad is b for p, b in zip(layer.parameters(), buffers, strict=True))
 
 
@@ -222,7 +237,7 @@ def test_node_hooks_run_after_the_gradient_is_complete():
 
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_under_activation_checkpointing(persistent, dropout):
+def test_under_activation_checkpointing(persistent, dropout, in_place):
     layer, x = layer_and_input(experts=ExpertConfig(dropout=dropout))
     x.requires_grad_()
     torch.manual_seed(3)
@@ -234,6 +249,7 @@ def test_under_activation_checkpointing(persistent, dropout):
     y, _ = checkpoint(layer, x, use_reentrant=False)
     y.square().sum().backward()
     check(layer, want)
+    assert in_place[-2:] == [persistent] * 2  # though saved tensors are recomputed ones
 
 
 def test_frozen_experts_leave_rows_their_gradient():
@@ -247,6 +263,17 @@ def test_frozen_experts_leave_rows_their_gradient():
     layer(x)[0].sum().backward()
     torch.testing.assert_close(x.grad, want, atol=1e-12, rtol=0)
     assert layer.experts.fc1_weight.grad is None
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_a_gradient_meant_to_be_differentiated_is_not_added_blindly(in_place):
+    layer, x = layer_and_input()
+    p = layer.experts.fc1_weight
+    p.grad = torch.zeros_like(p)
+    layer(x)[0].square().sum().backward(create_graph=True)
+    assert p.grad.requires_grad
+    assert in_place == [False, False]
+    layer.zero_grad(set_to_none=True)  # else graph and gradients would hold each other
 
 
 def test_second_derivatives_are_refused_not_wrong():

@@ -193,6 +193,15 @@ def test_gate_stays_wide_under_autocast(router):
     assert wide.router(x.double()).logits.dtype == torch.float64
 
 
+def test_autocast_leaves_double_precision_alone():
+    layer = make(num_experts=4, dtype=torch.float64)
+    x = torch.randn(9, 4, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = layer(x)
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y, layer(x)[0], atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("dispatcher", ["ragged", "padded"])
 def test_autocast_gives_float32_gradients_near_the_exact_ones(dispatcher, persistent):
@@ -371,7 +380,7 @@ def test_summary_by_hand():
     assert math.isclose(summary["losses"]["gshard"], 1.0, rel_tol=1e-6)
     skewed = type(stats)(
         routed=torch.tensor([6, 2, 0, 0]),
-        kept=torch.tensor([2, 2, 0, 0]),
+        kept=torch.tensor([4, 2, 0, 0]),
         tokens=torch.tensor(8),
         entropy_sum=torch.tensor(8 * math.log(2)),
         losses={},
@@ -379,12 +388,22 @@ def test_summary_by_hand():
         expert_ids=torch.zeros(0, 1, dtype=torch.int64),
     )
     summary = summarise(skewed)
-    assert summary["drop_fraction"] == 0.5
+    assert summary["drop_fraction"] == 0.25
     assert summary["max_over_mean"] == 3.0
     assert math.isclose(summary["token_entropy"], 0.5, rel_tol=1e-6)
     assert math.isclose(summary["load_entropy"], -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(4))
     empty = summarise(layer(torch.randn(0, 4))[1])
     assert empty["drop_fraction"] == empty["token_entropy"] == empty["load_entropy"] == empty["max_over_mean"] == 0
+
+
+def test_empty_rows_of_the_padded_layout_are_zero():
+    layer = make(num_experts=4, dispatcher="padded")
+    x = torch.rand(9, 4) + 1
+    routing, plan, _, _ = layer.assign(x, None)
+    rows = layer.dispatcher.scatter(x, routing, plan).rows
+    for expert, count in enumerate(plan.counts.tolist()):
+        assert rows[expert, :count].all()
+        assert not rows[expert, count:].any()
 
 
 def test_padded_with_fixed_capacity_never_asks_for_data():
