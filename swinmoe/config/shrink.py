@@ -33,6 +33,8 @@ def shrink(run: RunConfig) -> RunConfig:
             "batch_size": batch,
             "eval_batch_size": batch,
             "eval_every_epochs": None,
+            # fp16 needs a GPU, its stand-in does not
+            "precision": "bf16" if run.train.precision == "fp16" else run.train.precision,
         },
         "log": {"every_steps": 1},
     }

@@ -1,0 +1,130 @@
+"""Every shipped YAML keeps what its header promises: it resolves, builds, and the debug ones are trained here."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from swinmoe.compare import compare, resolve_arms
+from swinmoe.config import CompareConfig, RunConfig
+from swinmoe.config.io import build, dump, load, read_yaml
+from swinmoe.config.shrink import shrink, shrink_comparison
+from swinmoe.models.build import build_model
+from swinmoe.models.counts import count
+from swinmoe.records import read_records
+from swinmoe.train import train
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+DEBUG = [file for file in FILES if file.startswith("configs/debug/")]
+
+
+def header(file: str) -> str:
+    """The comment that a file begins with."""
+    lines = []
+    for line in (ROOT / file).read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return "\n".join(lines)
+
+
+def runs_of(file: str) -> dict[str, RunConfig]:
+    """The run, or the arms of the comparison, that a file describes."""
+    if file.startswith("configs/compare/"):
+        config = load(CompareConfig, ROOT / file)
+        return resolve_arms(config, config.seeds[0])
+    return {"": load(RunConfig, ROOT / file)}
+
+
+def read_back(run: RunConfig) -> dict[str, Any]:
+    """What `config.yaml` in the run's folder would hold, read again."""
+    tree: dict[str, Any] = yaml.safe_load(dump(run))
+    return tree
+
+
+def without_experts(run: RunConfig) -> RunConfig:
+    tree = read_back(run)
+    tree["model"]["moe"] = None
+    return build(RunConfig, tree)
+
+
+def test_there_are_configs():
+    assert len(DEBUG) >= 15
+    assert {file.split("/")[1] for file in FILES} >= {"debug", "train", "compare"}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_its_header_says_command_cost_and_expected_result(file):
+    text = header(file)
+    command = "compare" if file.startswith("configs/compare/") else "train"
+    assert re.search(rf"^Command: .*\b{command} {file}\b", text, re.MULTILINE)
+    assert re.search(r"^Cost: \S", text, re.MULTILINE)
+    assert re.search(r"^Expected: \S", text, re.MULTILINE)
+
+
+def test_run_names_are_unique():
+    names = [read_yaml(ROOT / file)["name"] for file in FILES]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_it_resolves_and_builds(file):
+    for run in runs_of(file).values():
+        assert build(RunConfig, read_back(run)) == run
+        assert run.model.img_size == run.data.image_size
+        model = build_model(run.model, device="meta")
+        assert sum(p.numel() for p in model.parameters()) == count(run.model).total
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("configs/compare/")])
+def test_twins_differ_in_their_mlps_only(file):
+    arms = list(runs_of(file).values())
+    assert {run.model.moe is None for run in arms} == {True, False}
+    assert all(without_experts(run) == without_experts(arms[0]) for run in arms)
+
+
+@pytest.mark.parametrize("file", DEBUG)
+def test_a_debug_run_trains_to_what_its_header_promises(file, tmp_path):
+    run = load(RunConfig, ROOT / file, [f"output_dir={tmp_path}", "log.every_steps=4"])
+    folder, arm = train(run, show=False)
+    records = read_records(folder / "records.jsonl")
+    losses = [record["loss"] for record in records if record["kind"] == "step"]
+    assert losses
+    assert all(math.isfinite(loss) for loss in losses)
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    assert evaluations[-1]["step"] == arm.length.steps
+
+    promise = re.search(r"(training|evaluation) loss (?:from ([\d.]+) to )?below (\d+\.\d+)", header(file))
+    if promise:
+        what, start, bound = promise.groups()
+        reached = evaluations[-1]["loss"] if what == "evaluation" else losses[-1]
+        assert reached < float(bound)
+        assert start is None or abs(losses[0] - float(start)) < 0.15
+    assert bool(promise) == (file != "configs/debug/synthetic_native.yaml")
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("configs/train/")])
+def test_a_recipe_steps_twice_when_shrunk(file, tmp_path):
+    run = shrink(load(RunConfig, ROOT / file, [f"output_dir={tmp_path}"]))
+    folder, arm = train(run, show=False)
+    steps = [record for record in read_records(folder / "records.jsonl") if record["kind"] == "step"]
+    assert [record["step"] for record in steps] == [1, 2]
+    assert all(math.isfinite(record["loss"]) for record in steps)
+    sparse = runs_of(file)[""].model.moe is not None
+    assert (arm.run.model.moe is not None) == sparse
+    assert arm.run.model.style == runs_of(file)[""].model.style
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("configs/compare/")])
+def test_a_comparison_steps_twice_when_shrunk(file, tmp_path):
+    config = shrink_comparison(load(CompareConfig, ROOT / file, [f"output_dir={tmp_path}"]))
+    compare(config, show=False)
+    lines = read_records(tmp_path / config.name / "records.jsonl")
+    for arm in config.arms:
+        assert [line["step"] for line in lines if line["kind"] == "step" and line["arm"] == arm] == [1, 2]
