@@ -43,6 +43,7 @@ def _train_seed(config: CompareConfig, session: Session, seed: int) -> None:
     arms = [
         make_arm(name, run, session.mesh, session.accelerator, lengths[name], per_epoch) for name, run in runs.items()
     ]
+    session.begin()
     for arm in arms:
         session.describe(arm)
     if config.order == "lockstep":

@@ -52,7 +52,6 @@ class RunRecord:
     def __init__(self, path: Path | str | None) -> None:
         self.path = Path(path) if path is not None else None
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             _cut_partial_line(self.path)
 
     def write(self, kind: str, **values: Any) -> None:
@@ -62,6 +61,7 @@ class RunRecord:
         if self.path is None:
             return
         line = json.dumps({"kind": kind, **_finite(values)}, separators=(",", ":"))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(line + "\n")
 

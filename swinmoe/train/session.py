@@ -27,6 +27,9 @@ from swinmoe.train.progress import Progress
 class Session:
     """One process's view of a job."""
 
+    command: str
+    config: Any
+    """What the run record keeps whole: a `RunConfig` or a `CompareConfig`."""
     run: RunConfig
     folder: Path
     resume: str
@@ -34,12 +37,28 @@ class Session:
     mesh: Mesh
     records: RunRecord
     progress: Progress
-    peak_flops: float | None
+    begun: bool = False
 
     @property
     def main(self) -> bool:
         """True on the process that writes."""
         return self.mesh.rank == 0
+
+    def begin(self) -> None:
+        """Write the `run` record and the config, once: after everything that can be refused has been looked at, so that
+        a refused run leaves nothing behind."""
+        if self.begun:
+            return
+        self.begun = True
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        tree, environment = to_tree(self.config), describe_environment()
+        self.records.write(
+            "run", command=self.command, name=self.folder.name, config=tree, environment=environment, time=now
+        )
+        if self.main:
+            (self.folder / "config.yaml").write_text(dump(self.config))
+        if self.run.log.tensorboard:
+            self.accelerator.init_trackers(self.run.name)
 
     def job(self, run: RunConfig, name: str = "") -> Job:
         """Data and checkpoints for the arms of one seed; `name` separates the seeds' checkpoints."""
@@ -54,7 +73,7 @@ class Session:
             checkpoints=self.folder / "checkpoints" / name,
             resume=self.resume,
             progress=self.progress,
-            peak_flops=self.peak_flops,
+            peak_flops=run.log.peak_flops or measure_peak_flops(self.accelerator.device, run.train.precision),
             tracker=self.accelerator if run.log.tensorboard else None,
         )
 
@@ -133,24 +152,17 @@ def open_session(
             f"output folder {str(folder)!r} already holds a run; use resume=auto to go on with it, or another name= or "
             "output_dir="
         )
-    records = RunRecord(path if mesh.rank == 0 else None)
     session = Session(
+        command=command,
+        config=config,
         run=run,
         folder=folder,
         resume=resume,
         accelerator=accelerator,
         mesh=mesh,
-        records=records,
+        records=RunRecord(path if mesh.rank == 0 else None),
         progress=Progress(show=show and mesh.rank == 0),
-        peak_flops=run.log.peak_flops or measure_peak_flops(accelerator.device, run.train.precision),
     )
-    if run.log.tensorboard:
-        accelerator.init_trackers(run.name)
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    environment = describe_environment()
-    records.write("run", command=command, name=folder.name, config=to_tree(config), environment=environment, time=now)
-    if session.main:
-        (folder / "config.yaml").write_text(dump(config))
     yield session
     # Only after success: a rank that failed must not wait for its peers here.
     if run.log.tensorboard:

@@ -22,6 +22,7 @@ def train(run: RunConfig, *, show: bool = True) -> tuple[Path, Arm]:
         job = session.job(run)
         length = Length(steps=planned_steps(run.train, job.stream.steps_per_epoch))
         arm = make_arm("model", run, session.mesh, session.accelerator, length, job.stream.steps_per_epoch)
+        session.begin()
         session.describe(arm)
         fit(job, [arm])
     return folder, arm
