@@ -29,7 +29,7 @@ def overwrite(model: nn.Module, seed: int = 1) -> None:
         elif parameter.dim() > 1 and name.endswith("weight"):
             value = noise / math.sqrt(parameter[0].numel())
         elif name.endswith("bias"):
-            value = 0.1 * noise
+            value = 0.2 * noise
         else:  # position tables
             value = noise
         parameter.copy_(value)
