@@ -188,7 +188,7 @@ MOE_VARIANTS: dict[str, dict[str, Any]] = {
     "cosine": {"num_experts": 4, "router": {"type": "cosine", "proj_dim": 8}},
     "swiglu": {"num_experts": 4, "top_k": 2, "experts": {"type": "swiglu"}},
     "fine_grained": {"num_experts": 8, "top_k": 4, "experts": {"hidden_ratio": 0.25}},
-    "odd_hidden": {"num_experts": 4, "experts": {"hidden_ratio": 0.3}, "shared_expert_ratio": 0.11},
+    "odd_hidden": {"num_experts": 4, "experts": {"hidden_ratio": 0.29}, "shared_expert_ratio": 0.12},
     "shared": {"num_experts": 4, "shared_expert_ratio": 0.5},
     "shared_swiglu": {"num_experts": 4, "shared_expert_ratio": 0.5, "experts": {"type": "swiglu", "fc1_bias": False}},
     "no_biases": {"num_experts": 4, "experts": {"fc1_bias": False, "fc2_bias": "none"}},
