@@ -120,7 +120,7 @@ class MoEMlp(nn.Module):
             y = y + self.shared.function(self.training)(tokens, everyone, self.shared.weights())
         return y
 
-    def _num_rows(self, queues: dispatch.Queues, route: Route) -> int | None:
+    def _num_rows(self, queues: Queues, route: Route) -> int | None:
         """Kept choices on this rank where the layout depends on them, without asking the device if anyone knows."""
         if route.matrix is None:
             return None
