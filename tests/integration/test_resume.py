@@ -22,6 +22,7 @@ MODEL = {
     "preset": "swin_moe_micro",
     "in_chans": 1,
     "embed_dim": 16,
+    "patch_size": 4,
     "num_heads": [1, 2],
     "drop_path_rate": 0.2,
     "moe": {
