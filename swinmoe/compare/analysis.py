@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from swinmoe.config import ModelConfig
 from swinmoe.data import eval_batches
+from swinmoe.models.stage import stage_map
 from swinmoe.train import Arm, Job
 from swinmoe.train.place import place
 
@@ -53,7 +53,7 @@ def write_routing_pictures(job: Job, arm: Arm, sample_images: int) -> None:
     for name in layers:
         table = arm.reduce(tables[name].reshape(-1)).reshape(classes, experts)
         job.records.write("class_expert", **owner, layer=name, table=table.long().tolist())
-        height, width = _map_size(arm.run.model, _stage(name))
+        height, width = stage_map(arm.run.model, _stage(name))
         grids = output.routing[name].expert_ids[:, 0].reshape(len(wanted), height, width).tolist()
         pictures = [_picture(job, *item) for item in zip(wanted, predictions, grids, strict=True)]
         job.records.write("samples", **owner, layer=name, images=pictures)
@@ -76,14 +76,6 @@ def class_expert_table(expert_ids: Tensor, targets: Tensor, classes: int, expert
 def _stage(layer: str) -> int:
     """Stage of an expert layer from its name, `layers.<stage>.blocks.<block>.mlp`."""
     return int(layer.split(".")[1])
-
-
-def _map_size(config: ModelConfig, stage: int) -> tuple[int, int]:
-    """Height and width of a stage's map at the config's image size; halving rounds up (odd maps are padded)."""
-    height, width = (-(-side // patch) for side, patch in zip(config.img_size, config.patch_size, strict=True))
-    for _ in range(stage):
-        height, width = -(-height // 2), -(-width // 2)
-    return height, width
 
 
 def _spread_over_classes(job: Job, wanted: int) -> list[int]:

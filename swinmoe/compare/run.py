@@ -46,7 +46,7 @@ def _train_seed(config: CompareConfig, session: Session, seed: int) -> None:
     session.begin()
     for arm in arms:
         session.describe(arm)
-    if config.order == "lockstep":
+    if config.schedule == "lockstep":
         fit(job, arms)
     else:
         for arm in arms:

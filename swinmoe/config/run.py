@@ -44,7 +44,7 @@ class DataConfig:
     """Folder of `fashion_mnist` and `folder`; None = the usual places, which an error lists."""
     image_size: Pair = (32, 32)
     holdout: int = 0
-    """So many training images, drawn by `holdout_seed`, are kept out of training and evaluated in place of the test set."""
+    """So many training images, drawn by `holdout_seed`, are kept out of training and evaluated, not the test set."""
     holdout_seed: int = 0
     limit: int | None = None
     """Use only the first so many training and evaluation images (debugging)."""
@@ -183,7 +183,8 @@ class CompareConfig:
     """match = seconds: accumulated step time per arm."""
     reference: str | None = None
     """The arm whose length sets the FLOP budget (match: flops) and that others are paired with; None = the first."""
-    order: Literal["lockstep", "sequential"] = "lockstep"
+    schedule: Literal["lockstep", "sequential"] = "lockstep"
+    """`lockstep`: all arms on each batch before the next; `sequential`: one arm after the other."""
     base: dict[str, Any] = field(default_factory=dict)
     """Keys of a run."""
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -27,7 +27,7 @@ from swinmoe.moe.types import RoutingStats
 
 Pair = tuple[int, int]
 
-_NO_DECAY = re.compile(
+NO_DECAY = re.compile(
     r"absolute_pos_embed|relative_position_bias_table|cpb_mlp|logit_scale"
     r"|temperature|projector|sim_matrix|fc1_bias|fc2_bias"
 )
@@ -252,7 +252,7 @@ class SwinTransformer(nn.Module):
         As in Swin's and Swin-MoE's recipes: position tables and MLPs, logit scales, the cosine router's parts and the
         experts' biases. A linear router's matrix does decay.
         """
-        return {name for name, _ in self.named_parameters() if _NO_DECAY.search(name)}
+        return {name for name, _ in self.named_parameters() if NO_DECAY.search(name)}
 
     def moe_layers(self) -> dict[str, MoEMlp]:
         """The expert layers by module name, in the order of the forward pass."""

@@ -7,7 +7,8 @@ Every line is one JSON object with a `kind`:
   num_experts, top_k, steps (planned), config
 - `step`: arm, seed, step (1-based, optimiser steps), epoch, lr, loss, aux_loss, accuracy, grad_norm, images, flops,
   seconds (all three cumulative), images_per_second, data_wait, mfu, peak_memory_bytes, routing
-- `eval`: arm, seed, step, epoch, split, weights (`model` or `ema`), loss, accuracy, count, images, flops, seconds, routing
+- `eval`: arm, seed, step, epoch, split, weights (`model` or `ema`), loss, accuracy, count, images, flops, seconds,
+  routing
 - `samples`: arm, seed, step, layer, class_names, images: list of {index, label, prediction, png (base64), experts (grid
   of expert ids, -1 dropped)}
 - `class_expert`: arm, seed, step, layer, class_names, table (classes x experts, token counts)

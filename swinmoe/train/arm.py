@@ -23,6 +23,8 @@ from swinmoe.data import Batch
 from swinmoe.errors import CheckpointError, NonFiniteLossError
 from swinmoe.models import SwinTransformer, build_model
 from swinmoe.models.counts import ModelCounts, count
+from swinmoe.models.stage import stage_map
+from swinmoe.moe import require_slots
 from swinmoe.objectives import Classification, StepResult
 from swinmoe.parallel import (
     Mesh,
@@ -294,6 +296,7 @@ def make_arm(name: str, run: RunConfig, mesh: Mesh, accelerator: Any, length: Le
 
     `accelerator` is `runtime.make_accelerator(...)`'s; initial weights depend on `run.seed` and parameter names only.
     """
+    check_capacity(run, mesh.world)
     device = accelerator.device
     dtype = torch.float64 if run.train.precision == "fp64" else torch.float32
     raw = build_model(run.model, seed=run.seed, device=device, dtype=dtype)
@@ -318,6 +321,18 @@ def make_arm(name: str, run: RunConfig, mesh: Mesh, accelerator: Any, length: Le
         average=average,
         autocast=accelerator.autocast,
     )
+
+
+def check_capacity(run: RunConfig, world: int) -> None:
+    """Refuse a run whose own training batch would leave experts without a slot (`ConfigError`)."""
+    moe = run.model.moe
+    if moe is None:
+        return
+    images = run.train.batch_size // (run.train.accumulation * world)
+    for stage, blocks in enumerate(run.model.moe_blocks):
+        if blocks:
+            height, width = stage_map(run.model, stage)
+            require_slots(moe.capacity.train, images * height * width, moe.num_experts, moe.top_k)
 
 
 def _load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> None:

@@ -6,27 +6,15 @@ from torch import nn
 from torch.optim import AdamW
 
 from swinmoe.config import OptimConfig
-
-NO_DECAY_KEYWORDS = (
-    "relative_position_bias_table",
-    "absolute_pos_embed",
-    "cpb_mlp",
-    "logit_scale",
-    "fc1_bias",
-    "fc2_bias",
-    "temperature",
-    "projector",
-    "sim_matrix",
-)
-"""Parts of names that are never decayed: position biases, attention scales, stacked expert biases (which have two axes)
-and the cosine router, as in Microsoft's Swin-MoE. The linear gate's weight does decay."""
+from swinmoe.models.swin import NO_DECAY
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """True if weight decay applies: matrices do; norms, biases and the names above do not."""
+    """True if weight decay applies: to matrices, the linear gate's too; not to norms, biases, and the like
+    (`models.swin.NO_DECAY`: position biases, attention scales, stacked expert biases, the cosine router)."""
     if parameter.ndim <= 1 or name.endswith(".bias"):
         return False
-    return not any(keyword in name for keyword in NO_DECAY_KEYWORDS)
+    return NO_DECAY.search(name) is None
 
 
 def rate_scale(optim: OptimConfig, batch_size: int) -> float:

@@ -1,0 +1,183 @@
+"""Training through the Python entry points: what a config promises, and what happens when it goes wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from swinmoe.checkpoint import latest_checkpoint, load_checkpoint
+from swinmoe.compare import compare
+from swinmoe.config import CompareConfig, RunConfig
+from swinmoe.config.io import build, merge
+from swinmoe.errors import CheckpointError, ConfigError, NonFiniteLossError
+from swinmoe.records import read_records
+from swinmoe.train import train
+
+BASE: dict[str, Any] = {
+    "name": "run",
+    "model": {
+        "preset": "swin_moe_micro",
+        "in_chans": 1,
+        "embed_dim": 16,
+        "patch_size": 4,
+        "num_heads": [1, 2],
+        "drop_path_rate": 0.1,
+        "moe": {"num_experts": 4},
+    },
+    "data": {"name": "digits", "limit": 256},
+    "optim": {"base_lr": 0.003},
+    "train": {"steps": 6, "epochs": None, "batch_size": 32, "eval_every_epochs": None},
+    "checkpoint": {"every_epochs": 0},
+    "log": {"every_steps": 2, "peak_flops": 1e11},
+}
+
+
+def _run(folder: Path, **over: Any) -> RunConfig:
+    return build(RunConfig, merge({**BASE, "output_dir": str(folder)}, over))
+
+
+def _lines(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in read_records(folder / "records.jsonl") if line["kind"] == kind]
+
+
+def _model(folder: Path) -> Mapping[str, torch.Tensor]:
+    path = latest_checkpoint(folder / "checkpoints")
+    assert path is not None
+    return load_checkpoint(path).tensors["model/model"]
+
+
+def test_records_say_what_happened(tmp_path: Path) -> None:
+    folder, arm = train(_run(tmp_path, train={"steps": 16}), show=False)
+    steps = _lines(folder, "step")
+    assert [s["step"] for s in steps] == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert steps[-1]["loss"] < steps[0]["loss"] < math.log(10) + 0.2
+    last = steps[-1]
+    assert last["images"] == 16 * 32 and last["flops"] == 16 * 32 * arm.counts.train_flops
+    assert last["epoch"] == 2.0 and 0 < last["data_wait"] < 1 and last["mfu"] > 0 and last["peak_memory_bytes"] > 1e7
+    assert last["grad_norm"] > 0 and last["seconds"] > 0
+    routing = last["routing"]["layers.1.blocks.1.mlp"]
+    tokens = 2 * 32 * 4 * 4  # two steps since the last line, 4 x 4 map
+    assert sum(routing["routed"]) == sum(routing["kept"]) == tokens and routing["drop_fraction"] == 0
+    assert 0 < routing["token_entropy"] <= 1 and 0 < routing["load_entropy"] <= 1 and routing["dead_experts"] == 0
+    assert routing["losses"]["gshard"] >= 0.99
+    (evaluation,) = _lines(folder, "eval")
+    assert evaluation["count"] == 256 and evaluation["split"] == "test"
+    (final,) = _lines(folder, "final")
+    assert final["accuracy"] == evaluation["accuracy"] and final["loss"] == pytest.approx(last["loss"])
+
+
+def test_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:
+    """Dropless, without noise, with the balance loss off (it is per micro-batch): the same numbers, float64."""
+    quiet = {"model": {"drop_path_rate": 0.0, "moe": {"losses": {"gshard": 0.0}}}, "train": {"precision": "fp64"}}
+    whole, _ = train(_run(tmp_path, name="whole", **quiet), show=False)
+    split = merge(quiet, {"train": {"accumulation": 4}})
+    parts, _ = train(_run(tmp_path, name="parts", **split), show=False)
+    ours, theirs = _model(parts), _model(whole)
+    assert max(float((ours[k] - theirs[k]).abs().max()) for k in ours) < 1e-12
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_checkpointed_activations_change_nothing(tmp_path: Path, precision: str) -> None:
+    noisy = {
+        "model": {"moe": {"router": {"noise": 1.0}, "experts": {"dropout": 0.1}}},
+        "train": {"precision": precision},
+    }
+    plain, _ = train(_run(tmp_path, name="plain", **noisy), show=False)
+    again, _ = train(_run(tmp_path, name="again", **merge(noisy, {"model": {"grad_checkpointing": True}})), show=False)
+    ours, theirs = _model(again), _model(plain)
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    counted, expected = ([s["routing"] for s in _lines(run, "step")] for run in (again, plain))
+    assert counted == expected  # once, not twice
+
+
+def test_average_is_evaluated_and_saved(tmp_path: Path) -> None:
+    folder, arm = train(_run(tmp_path, train={"ema_decay": 0.5}), show=False)
+    assert _lines(folder, "eval")[0]["weights"] == "ema"
+    assert arm.evaluated() is not arm.raw
+    path = latest_checkpoint(folder / "checkpoints")
+    assert path is not None
+    average = load_checkpoint(path).tensors["model/average"]
+    assert not torch.equal(average["head.weight"], _model(folder)["head.weight"])
+
+
+def test_tensorboard_files_appear_when_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    folder, _ = train(_run(tmp_path, log={"tensorboard": True}), show=False)
+    assert list((folder / "tensorboard").rglob("events.out.tfevents.*"))
+
+
+def test_non_finite_loss_stops_with_step_and_layer_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    wild = _run(tmp_path, optim={"base_lr": 1e30, "clip_grad_norm": None}, checkpoint={"every_steps": 1})
+    with pytest.raises(
+        NonFiniteLossError, match=r"not finite at step \d+, first in (layer|parameter|the input of layer) '"
+    ):
+        train(wild, show=False)
+    path = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert path is not None and load_checkpoint(path).step >= 1
+
+
+def test_a_changed_config_is_not_resumed(tmp_path: Path) -> None:
+    train(_run(tmp_path), show=False)
+    with pytest.raises(CheckpointError, match=r"made by another config: optim\.base_lr \(saved 0\.003, now 0\.5\)"):
+        train(_run(tmp_path, resume="auto", optim={"base_lr": 0.5}), show=False)
+    train(_run(tmp_path, resume="auto", log={"every_steps": 1}), show=False)  # what changes no number may change
+
+
+def test_a_capacity_without_slots_is_refused_at_start(tmp_path: Path) -> None:
+    policy = {"train": {"kind": "fixed", "factor": 0.001, "min_slots": 0}}
+    with pytest.raises(ConfigError, match="0 slots"):
+        train(_run(tmp_path, model={"moe": {"capacity": policy}}), show=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _twins(folder: Path, **over: Any) -> CompareConfig:
+    base = {k: v for k, v in BASE.items() if k != "name"}
+    arms = {"dense": {"model": {"moe": None}}, "sparse": {}}
+    return build(CompareConfig, {"output_dir": str(folder), "base": base, "arms": arms, "sample_images": 2, **over})
+
+
+def test_arms_do_not_touch_each_other(tmp_path: Path) -> None:
+    """In lockstep or one after the other, with a third arm or without: each arm's numbers are the same bits."""
+    lock = compare(_twins(tmp_path, name="lock"), show=False)
+    after = compare(_twins(tmp_path, name="after", schedule="sequential"), show=False)
+    assert lock is not None and after is not None
+    clock = {"seconds", "images_per_second", "data_wait", "mfu", "peak_memory_bytes"}
+
+    def numbers(name: str, arm: str) -> list[dict[str, Any]]:
+        lines = [x for kind in ("step", "eval", "final") for x in _lines(tmp_path / name, kind) if x["arm"] == arm]
+        return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+    for arm in ("dense", "sparse"):
+        assert numbers("lock", arm) == numbers("after", arm) and len(numbers("lock", arm)) == 5
+    pictures = _lines(tmp_path / "lock", "samples")
+    assert {p["arm"] for p in pictures} == {"sparse"} and len(pictures[0]["images"]) == 2
+    grid = pictures[0]["images"][0]["experts"]
+    assert len(grid) == len(grid[0]) == 4 and all(0 <= e < 4 for row in grid for e in row)
+    (table,) = _lines(tmp_path / "lock", "class_expert")
+    assert sum(map(sum, table["table"])) == 256 * 16
+    assert lock.html.is_file() and "sparse" in lock.headline
+
+
+def test_arms_matched_on_seconds_use_their_seconds(tmp_path: Path) -> None:
+    compare(_twins(tmp_path, name="timed", match="seconds", budget_seconds=0.5), show=False)
+    for final in _lines(tmp_path / "timed", "final"):
+        steps = [s for s in _lines(tmp_path / "timed", "step") if s["arm"] == final["arm"]]
+        assert (
+            steps[-1]["seconds"] >= 0.5 and final["step"] == steps[-1]["step"] and final["reason"] == "used its seconds"
+        )
+
+
+def test_finished_seeds_are_not_trained_again(tmp_path: Path) -> None:
+    compare(_twins(tmp_path, name="seeds", seeds=[1]), show=False)
+    before = (tmp_path / "seeds" / "records.jsonl").read_text()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        compare(_twins(tmp_path, name="seeds", seeds=[1]), show=False)
+    compare(_twins(tmp_path, name="seeds", seeds=[1, 2], resume="auto"), show=False)
+    after = (tmp_path / "seeds" / "records.jsonl").read_text()
+    assert after.startswith(before)
+    assert [x["seed"] for x in _lines(tmp_path / "seeds", "final")] == [1, 1, 2, 2]
