@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from swinmoe.version import __version__
@@ -51,3 +52,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if "timm" in sys.modules:  # whoever uses timm finds our models in its registry; nobody else pays for importing it
+    __getattr__("register_with_timm")()

@@ -19,6 +19,7 @@ from swinmoe.moe.execution import LocalExecution
 from swinmoe.moe.registry import DISPATCHERS, EXPERTS, ROUTERS
 from swinmoe.moe.routers import Router
 from swinmoe.moe.types import DispatchPlan, ExpertExecution, Queues, Route, Routing, RoutingStats
+from swinmoe.randomness import derive_seed
 
 _BUILT_IN = (dispatchers, experts, routers)  # imported for the names they register
 
@@ -75,7 +76,7 @@ class MoEMlp(nn.Module):
             )
         self.dispatcher: Dispatcher = DISPATCHERS.get(cfg.dispatcher)()
         self.execution: ExpertExecution = LocalExecution()
-        self.seed_noise(seed)
+        self.seed_noise(derive_seed(seed, name, "noise"))
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
         """Route each token to its experts.

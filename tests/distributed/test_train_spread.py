@@ -1,0 +1,100 @@
+"""`swinmoe train` started by launch/local.sh: experts spread over two processes give one process's checkpoint."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from swinmoe.checkpoint import latest_checkpoint, load_checkpoint
+from swinmoe.records import read_records
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).parents[2]
+RUN = {
+    "model": {
+        "preset": "swin_moe_micro",
+        "in_chans": 1,
+        "embed_dim": 16,
+        "patch_size": 4,
+        "num_heads": [1, 2],
+        "drop_path_rate": 0.0,
+        "moe": {"num_experts": 4, "top_k": 2, "router": {"bias_update_rate": 0.01}},
+    },
+    "data": {"name": "digits", "limit": 250},
+    "optim": {"base_lr": 0.003, "clip_grad_norm": 0.2},
+    "train": {"steps": 6, "epochs": None, "batch_size": 32, "accumulation": 2, "ema_decay": 0.9, "precision": "fp64"},
+    "checkpoint": {"every_steps": 3, "every_epochs": 0, "keep_last": 9},
+    "log": {"every_steps": 3, "peak_flops": 1e11},
+}
+
+
+def _train(folder: Path, name: str, processes: int, *overrides: str) -> None:
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump(RUN))
+    argv = ["train", str(config), f"output_dir={folder}", f"name={name}", *overrides]
+    done = subprocess.run(
+        [str(ROOT / "launch" / "local.sh"), "--processes", str(processes), *argv],
+        env=os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def _furthest(a: Path, b: Path) -> float:
+    """Largest difference between two runs' last checkpoints: weights, moments and averages."""
+    ends = [latest_checkpoint(folder / "checkpoints") for folder in (a, b)]
+    ours, theirs = (load_checkpoint(end).tensors for end in ends if end is not None)
+    assert ours.keys() == theirs.keys() == {"model/model", "model/optimizer", "model/average"}
+    worst = 0.0
+    for file, tensors in ours.items():
+        assert tensors.keys() == theirs[file].keys()
+        for name, tensor in tensors.items():
+            assert tensor.shape == theirs[file][name].shape, name
+            worst = max(worst, float((tensor.double() - theirs[file][name].double()).abs().max()))
+    return worst
+
+
+def test_two_processes_write_the_checkpoint_of_one(tmp_path: Path) -> None:
+    _train(tmp_path, "one", 1)
+    _train(tmp_path, "two", 2, "parallel.ep_size=2")
+    assert _furthest(tmp_path / "one", tmp_path / "two") < 1e-10
+    # Half way on two processes, the rest on one: a checkpoint does not know how many wrote it.
+    halves = tmp_path / "halves" / "checkpoints"
+    shutil.copytree(tmp_path / "two" / "checkpoints" / "step-00000003", halves / "step-00000003")
+    shutil.copy(tmp_path / "two" / "records.jsonl", tmp_path / "halves")
+    _train(tmp_path, "halves", 1, "resume=auto")
+    assert _furthest(tmp_path / "one", tmp_path / "halves") < 1e-10
+    weights = load_checkpoint(halves / "step-00000006").tensors["model/model"]
+    assert weights["layers.1.blocks.1.mlp.experts.fc1_weight"].shape[0] == 4
+    one, two = (read_records(tmp_path / name / "records.jsonl") for name in ("one", "two"))
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours["kind"] == theirs["kind"]
+        if ours["kind"] == "step":
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-12)
+            assert ours["aux_loss"] == pytest.approx(theirs["aux_loss"], abs=1e-12)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], abs=1e-12) and ours["grad_norm"] > 0.2
+            layer = "layers.1.blocks.1.mlp"
+            assert ours["routing"][layer]["routed"] == theirs["routing"][layer]["routed"]
+        if ours["kind"] == "eval":  # 250 images: the ranks' shares of the last batch differ
+            assert ours["count"] == theirs["count"] == 250 and ours["accuracy"] == theirs["accuracy"]
+
+
+def test_a_user_error_on_two_processes_ends_with_status_2(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"ep_size=3"):
+        _train(tmp_path, "bad", 2, "parallel.ep_size=3", "model.moe.num_experts=6")
+    assert not (tmp_path / "bad").exists()
+
+
+def test_float32_is_close(tmp_path: Path) -> None:
+    _train(tmp_path, "one", 1, "train.precision=fp32")
+    _train(tmp_path, "two", 2, "parallel.ep_size=2", "train.precision=fp32")
+    assert _furthest(tmp_path / "one", tmp_path / "two") < 1e-2
