@@ -79,8 +79,20 @@ def match_lengths(config: CompareConfig, runs: Mapping[str, RunConfig], steps_pe
                     f"{base:,} ({100 * share:+.1f} %); bring them within 1 %, for instance by moe.experts.hidden_ratio"
                 )
     if config.match == "flops":
-        budget = planned[reference] * counts[reference].train_flops
-        planned = {name: int(budget / found.train_flops) for name, found in counts.items()}
+        cost = {n: counts[n].step_flops(run.train.batch_size, run.train.accumulation) for n, run in runs.items()}
+        budget = planned[reference] * cost[reference]
+        planned = {name: budget // own for name, own in cost.items()}
+        for name, steps in planned.items():
+            if steps == 0:
+                raise ConfigError(
+                    f"match: flops leaves arm {name!r} without a step: one costs {cost[name]:.3g} FLOPs, {reference!r} "
+                    f"has {budget:.3g} in all; train the reference arm longer, or make {name!r} cheaper"
+                )
+    elif len(set(planned.values())) > 1:
+        raise ConfigError(
+            f"match: {config.match} means equal steps, but the arms plan {planned}; set train.epochs or train.steps "
+            "once under base, or use match: flops"
+        )
     return {name: Length(steps=steps) for name, steps in planned.items()}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from swinmoe.compare.analysis import write_routing_pictures
 from swinmoe.compare.arms import match_lengths, resolve_arms, shared_run
 from swinmoe.config import CompareConfig
+from swinmoe.errors import ConfigError
 from swinmoe.records import read_records
 from swinmoe.report import ReportPaths, write_report
 from swinmoe.train import fit, make_arm, open_session
@@ -20,6 +21,11 @@ def compare(config: CompareConfig, *, show: bool = True) -> ReportPaths | None:
         SwinMoEError: arms that contradict each other, a used folder, a non-finite loss ...
     """
     folder = Path(config.output_dir) / config.name
+    if config.resume not in ("never", "auto") and (len(config.seeds) > 1 or config.schedule == "sequential"):
+        raise ConfigError(
+            f"compare was given resume={config.resume!r}, one checkpoint, for {len(config.seeds)} seeds and schedule: "
+            f"{config.schedule}; use resume=auto, which finds each one's own"
+        )
     every = {seed: resolve_arms(config, seed) for seed in config.seeds}
     first = shared_run(every[config.seeds[0]])
     with open_session("compare", first, config=config, folder=folder, resume=config.resume, show=show) as session:

@@ -1,7 +1,14 @@
 """Where models meet processes: the mesh, experts spread over it, and gradients that add up to one process's."""
 
 from swinmoe.parallel.clip import clip_grad_norm
-from swinmoe.parallel.data_parallel import global_sum, no_sync, sync_expert_gradients, unwrap, wrap_data_parallel
+from swinmoe.parallel.data_parallel import (
+    global_min,
+    global_sum,
+    no_sync,
+    sync_expert_gradients,
+    unwrap,
+    wrap_data_parallel,
+)
 from swinmoe.parallel.expert_parallel import apply_expert_parallel
 from swinmoe.parallel.expert_parameter import (
     expert_parameter_names,
@@ -17,6 +24,7 @@ __all__ = [
     "clip_grad_norm",
     "expert_parameter_names",
     "gather_full",
+    "global_min",
     "global_sum",
     "is_expert_parameter",
     "make_mesh",

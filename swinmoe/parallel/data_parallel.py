@@ -110,6 +110,16 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
+def global_min(tensor: Tensor, mesh: Mesh) -> Tensor:
+    """The smallest of each element over all ranks; a new tensor (`tensor` itself on one process)."""
+    if mesh.world == 1:
+        return tensor.detach()
+    least = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return least
+
+
+@torch.no_grad()
 def global_sum(tensor: Tensor, mesh: Mesh) -> Tensor:
     """The sum of `tensor` over all ranks, without a gradient; a new tensor (`tensor` itself on one process)."""
     if mesh.world == 1:

@@ -31,6 +31,7 @@ from swinmoe.parallel import (
     apply_expert_parallel,
     clip_grad_norm,
     gather_full,
+    global_min,
     global_sum,
     no_sync,
     sync_expert_gradients,
@@ -38,7 +39,7 @@ from swinmoe.parallel import (
     wrap_data_parallel,
 )
 from swinmoe.randomness import derive_seed
-from swinmoe.train.diagnose import first_non_finite
+from swinmoe.train.diagnose import first_non_finite, non_finite_parameter
 from swinmoe.train.loss_scale import LossScale, make_loss_scale
 from swinmoe.train.metrics import IdleExperts, RoutingMeter
 from swinmoe.train.optim import make_optimizer
@@ -94,7 +95,8 @@ class Arm:
     @property
     def flops(self) -> float:
         """Training FLOPs spent so far, over all ranks (closed form: see `models.counts`)."""
-        return float(self.images) * self.counts.train_flops
+        train = self.run.train
+        return float(self.step * self.counts.step_flops(train.batch_size, train.accumulation))
 
     def train_step(self, batches: Sequence[Batch]) -> None:
         """One optimiser step over this rank's micro-batches.
@@ -201,7 +203,7 @@ class Arm:
             "step": self.step,
             "seconds": self.seconds,
             "loss_scale": [self.scale.value, self.scale.good_steps],
-            "idle": self.idle.state(),
+            "idle": self.idle.state(partial(global_min, mesh=self.mesh)),
             "history": self.history,
         }
         return tensors, values
@@ -264,18 +266,26 @@ class Arm:
         self._logged_steps += 1
 
     def _explain_non_finite(self, batches: Sequence[Batch]) -> str:
-        for micro, batch in enumerate(batches):
-            self.seed_draws(micro)
-            where = first_non_finite(self.raw, partial(self.objective, self.raw, batch), self.autocast)
-            if where:
-                break
-        else:
-            where = "the backward pass (every forward value is finite)"
+        """Where the first non-finite value is. All ranks ask alike and look at the same things in the same order: a
+        forward pass exchanges tokens, and a rank that stopped early would leave its peers waiting."""
+        where = non_finite_parameter(self.raw)
+        if not self._anywhere(where):
+            for micro, batch in enumerate(batches):
+                self.seed_draws(micro)
+                found = first_non_finite(self.raw, partial(self.objective, self.raw, batch), self.autocast)
+                where = where or found
+            if not self._anywhere(where):
+                where = "the backward pass (every forward value is finite)"
         return (
-            f"arm {self.name!r}: the loss or its gradient is not finite at step {self.step + 1}, first in {where}; the "
-            "update was not applied and the last checkpoint is kept. Lower optim.base_lr, lengthen the warm-up, or use "
-            "train.precision: fp32"
+            f"arm {self.name!r}: the loss or its gradient is not finite at step {self.step + 1}, first in "
+            f"{where or 'a layer on another rank'}; the update was not applied and the last checkpoint is kept. Lower "
+            "optim.base_lr, lengthen the warm-up, or use train.precision: fp32"
         )
+
+    def _anywhere(self, found: str | None) -> bool:
+        """True on all ranks if any of them found something."""
+        flag = torch.tensor([float(found is not None)], dtype=torch.float64, device=self.device)
+        return bool(self.reduce(flag) > 0)
 
     def _whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         parameters = dict(self.raw.named_parameters())

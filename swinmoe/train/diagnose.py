@@ -10,14 +10,19 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 
-def first_non_finite(model: nn.Module, forward: Callable[[], Any], autocast: Callable[[], Any]) -> str | None:
-    """Name of the first parameter, or else innermost module in execution order, that is or puts out a non-finite value.
-
-    None if everything in the forward pass is finite.
-    """
+def non_finite_parameter(model: nn.Module) -> str | None:
+    """The first parameter held here that has a non-finite value, or None."""
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             return f"parameter {name!r}"
+    return None
+
+
+def first_non_finite(model: nn.Module, forward: Callable[[], Any], autocast: Callable[[], Any]) -> str | None:
+    """The innermost module, first in execution order, that puts out a non-finite value; None if all are finite.
+
+    Runs `forward` to its end whatever it meets.
+    """
     found: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:

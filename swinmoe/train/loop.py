@@ -19,7 +19,7 @@ import torch
 from swinmoe.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from swinmoe.config import RunConfig
 from swinmoe.config.io import to_tree
-from swinmoe.data import Batch, DataBundle, TrainStream
+from swinmoe.data import DataBundle, TrainStream
 from swinmoe.errors import CheckpointError
 from swinmoe.parallel import Mesh
 from swinmoe.records import RunRecord
@@ -28,8 +28,11 @@ from swinmoe.train.evaluate import evaluate
 from swinmoe.train.place import place
 from swinmoe.train.progress import Progress
 
-MAY_DIFFER_ON_RESUME = ("resume", "output_dir", "name", "log", "checkpoint", "parallel")
-"""Top-level config keys that do not change what is computed."""
+MAY_DIFFER_ON_RESUME = (
+    *("resume", "output_dir", "name", "log", "checkpoint", "parallel"),
+    *("data.workers", "data.root", "data.download"),
+)
+"""Config keys, and sections, that do not change what is computed."""
 
 
 @dataclass
@@ -61,6 +64,8 @@ def fit(job: Job, arms: Sequence[Arm]) -> None:
         CheckpointError: the checkpoint to resume from does not fit.
     """
     step = restore(job, arms)
+    if all(arm.done for arm in arms):
+        return
     limits = [arm.length.steps for arm in arms]
     stop = sys.maxsize if None in limits else max(n for n in limits if n is not None)
     waited = time.perf_counter()
@@ -73,13 +78,13 @@ def fit(job: Job, arms: Sequence[Arm]) -> None:
                 arm.train_step(batches)
             step += 1
             job.progress.stepped(waited=wait, worked=time.perf_counter() - waited - wait)
-            _after_step(job, arms, running, step, batches)
+            _after_step(job, arms, running, step)
             if all(arm.done for arm in arms):
                 break
             waited = time.perf_counter()
 
 
-def _after_step(job: Job, arms: Sequence[Arm], running: Sequence[Arm], step: int, batches: Sequence[Batch]) -> None:
+def _after_step(job: Job, arms: Sequence[Arm], running: Sequence[Arm], step: int) -> None:
     save_now = _saves_at(job, step) or all(arm.done for arm in arms)
     for arm in running:
         if save_now or arm.done or step % job.run.log.every_steps == 0:
@@ -194,7 +199,7 @@ def _check_same(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) ->
     differing = [
         f"{key} (saved {old!r}, now {new!r})"
         for key, (old, new) in _differences(saved, now).items()
-        if key.split(".")[0] not in MAY_DIFFER_ON_RESUME
+        if not any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER_ON_RESUME)
     ]
     if differing:
         raise CheckpointError(

@@ -16,7 +16,7 @@ from swinmoe.moe.stats import merge, summarise
 from swinmoe.moe.types import RoutingStats
 
 Reduce = Callable[[Tensor], Tensor]
-"""Sum of a float64 vector over all ranks."""
+"""Sum (or another reduction) of a vector over all ranks."""
 
 
 class RoutingMeter:
@@ -73,8 +73,8 @@ class IdleExperts:
     def step(self) -> None:
         """End of an optimiser step."""
         for layer, seen in self._seen.items():
-            idle = self._idle.get(layer, torch.zeros(len(seen), dtype=torch.int64, device=seen.device))
-            self._idle[layer] = torch.where(seen, 0, idle + 1)
+            idle = self._idle.get(layer, torch.zeros(len(seen), dtype=torch.int64))
+            self._idle[layer] = torch.where(seen, 0, idle.to(seen.device) + 1)
         self._seen = {}
 
     def dead(self, window: int, reduce: Reduce) -> dict[str, int]:
@@ -85,9 +85,9 @@ class IdleExperts:
             out[layer] = int((alive_ranks == 0).sum())
         return out
 
-    def state(self) -> dict[str, list[int]]:
-        """For a checkpoint (this rank's view)."""
-        return {layer: idle.tolist() for layer, idle in self._idle.items()}
+    def state(self, least: Reduce) -> dict[str, list[int]]:
+        """For a checkpoint: steps since any rank sent a token, `least` being the minimum over ranks."""
+        return {layer: least(idle).tolist() for layer, idle in self._idle.items()}
 
     def load(self, state: Mapping[str, list[int]]) -> None:
         """Back from `state()`."""

@@ -30,3 +30,12 @@ def test_links_between_documents_lead_somewhere() -> None:
     for page in [ROOT / "README.md", ROOT / "launch" / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name} -> {target}"
+
+
+def test_configs_that_documents_name_exist() -> None:
+    for page in [ROOT / "README.md", ROOT / "launch" / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for name in re.findall(r"configs/[\w/]+\.yaml", page.read_text()):
+            assert (ROOT / name).is_file(), f"{page.name} names {name}"
+    for config in (ROOT / "configs").rglob("*.yaml"):
+        named = re.findall(r"(?:train|compare) (configs/[\w/]+\.yaml)", config.read_text())
+        assert str(config.relative_to(ROOT)) in named, f"the header of {config.name} does not say its own command"

@@ -57,7 +57,7 @@ def test_records_say_what_happened(tmp_path: Path) -> None:
     assert [s["step"] for s in steps] == [2, 4, 6, 8, 10, 12, 14, 16]
     assert steps[-1]["loss"] < steps[0]["loss"] < math.log(10) + 0.2
     last = steps[-1]
-    assert last["images"] == 16 * 32 and last["flops"] == 16 * 32 * arm.counts.train_flops
+    assert last["images"] == 16 * 32 and last["flops"] == 16 * arm.counts.step_flops(32)
     assert last["epoch"] == 2.0 and 0 < last["data_wait"] < 1 and last["mfu"] > 0 and last["peak_memory_bytes"] > 1e7
     assert last["grad_norm"] > 0 and last["seconds"] > 0
     routing = last["routing"]["layers.1.blocks.1.mlp"]

@@ -35,9 +35,9 @@ def test_flops_budget_counts_the_router() -> None:
     config = _config(match="flops")
     runs = resolve_arms(config, 0)
     lengths = match_lengths(config, runs, steps_per_epoch=7)
-    spent = {name: count(runs[name].model).train_flops * (length.steps or 0) for name, length in lengths.items()}
-    own = count(runs["sparse"].model).train_flops
-    assert own > count(runs["dense"].model).train_flops  # the router costs something
+    spent = {name: count(runs[name].model).step_flops(10) * (length.steps or 0) for name, length in lengths.items()}
+    own = count(runs["sparse"].model).step_flops(10)
+    assert own > count(runs["dense"].model).step_flops(10)  # the router costs something
     assert lengths["dense"].steps == 100
     assert spent["dense"] - own < spent["sparse"] <= spent["dense"]
 
@@ -51,6 +51,16 @@ def test_steps_and_seconds() -> None:
 def test_active_parameters_must_match_within_one_percent() -> None:
     config = _config(match="active_params", arms={**ARMS, "wide": {"model": {"moe": None, "mlp_ratio": 6.0}}})
     with pytest.raises(ConfigError, match=r"arm 'wide' has .* active parameters and 'dense'"):
+        match_lengths(config, resolve_arms(config, 0), 7)
+
+
+def test_equal_steps_are_required_and_a_budget_for_one_step() -> None:
+    config = _config(arms={**ARMS, "short": {"train": {"steps": 50}}})
+    with pytest.raises(ConfigError, match=r"match: steps means equal steps, but the arms plan .*'short': 50"):
+        match_lengths(config, resolve_arms(config, 0), 7)
+    huge = {"model": {"mlp_ratio": 400.0, "moe": None}}
+    config = _config(match="flops", base={**BASE, "train": {"steps": 1, "batch_size": 10}}, arms={**ARMS, "huge": huge})
+    with pytest.raises(ConfigError, match="leaves arm 'sparse' without a step"):
         match_lengths(config, resolve_arms(config, 0), 7)
 
 
