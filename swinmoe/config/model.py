@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from swinmoe.config.checks import above, at_least, at_most, below_one, check_ranges
 from swinmoe.config.moe import MoEConfig
 from swinmoe.errors import ConfigError, did_you_mean
 
@@ -88,6 +89,26 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         resolve_style(self.style)
+        side = at_least(1, "give height and width")
+        check_ranges(
+            self,
+            "model",
+            img_size=side,
+            patch_size=side,
+            window_size=side,
+            in_chans=at_least(1),
+            num_classes=at_least(0, "use 0 for no head"),
+            embed_dim=at_least(1),
+            pretrained_window_sizes=at_least(0, "use 0 for the window itself"),
+            mlp_ratio=above(0),
+            drop_rate=below_one(),
+            attn_drop_rate=below_one(),
+            drop_path_rate=below_one(),
+            extra_norm_every=at_least(0, "use 0 for none"),
+            res_post_norm_init=at_least(0),
+            init_std=at_least(0, "use e.g. 0.02"),
+            mask_value=at_most(0, "use null to hide what is masked entirely"),
+        )
         stages = len(self.depths)
         if stages < 1 or any(d < 0 for d in self.depths):
             raise ConfigError(f"model.depths={self.depths} needs at least one stage, each of 0 or more blocks")
@@ -100,9 +121,6 @@ class ModelConfig:
                     f"model.num_heads[{stage}]={heads} does not divide the stage's width {width}; "
                     f"use a divisor such as {max(1, width // 32)}"
                 )
-        for name in ("img_size", "patch_size", "window_size"):
-            if min(getattr(self, name)) < 1:
-                raise ConfigError(f"model.{name}={getattr(self, name)} must be positive (height, width)")
         if self.img_size[0] < self.patch_size[0] or self.img_size[1] < self.patch_size[1]:
             raise ConfigError(
                 f"model.img_size={self.img_size} is smaller than one patch {self.patch_size}; "
@@ -126,6 +144,3 @@ class ModelConfig:
                         f"model.moe_blocks[{stage}] names block {block}, but that stage has blocks 0 to "
                         f"{self.depths[stage] - 1}"
                     )
-        for name in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"model.{name}={getattr(self, name)} must be in [0, 1)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from swinmoe.config.checks import above, at_least, below_one, check_ranges
 from swinmoe.errors import ConfigError
 
 
@@ -34,10 +35,14 @@ class RouterConfig:
     """Cosine router only: initial softmax temperature."""
 
     def __post_init__(self) -> None:
-        if self.noise < 0:
-            raise ConfigError(f"moe.router.noise={self.noise} is negative; use 0 for none or 1.0 as Swin-MoE does")
-        if self.bias_update_rate < 0:
-            raise ConfigError(f"moe.router.bias_update_rate={self.bias_update_rate} is negative; use 0 for none")
+        check_ranges(
+            self,
+            "moe.router",
+            noise=at_least(0, "use 0 for none or 1.0 as Swin-MoE does"),
+            bias_update_rate=at_least(0, "use 0 for none"),
+            proj_dim=at_least(1),
+            init_temperature=above(0),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +57,12 @@ class CapacityPolicy:
     min_slots: int = 1
 
     def __post_init__(self) -> None:
+        check_ranges(self, "moe.capacity", min_slots=at_least(0))
         if self.kind != "dropless" and self.factor <= 0:
             raise ConfigError(
                 f"capacity factor {self.factor} must be positive for kind={self.kind!r}; "
                 "for no limit use kind='dropless'"
             )
-        if self.min_slots < 0:
-            raise ConfigError(f"capacity min_slots={self.min_slots} is negative; use 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +93,9 @@ class BalanceLossConfig:
     """Balance within each rank's batch, or within the global batch (same result for any number of processes)."""
 
     def __post_init__(self) -> None:
-        for name in ("gshard", "importance", "load", "importance_load", "importance_load_tutel", "z"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"moe.losses.{name}={getattr(self, name)} is negative; a loss weight is 0 or more")
+        weight = at_least(0, "a loss weight of 0 switches the loss off")
+        names = ("gshard", "importance", "load", "importance_load", "importance_load_tutel", "z")
+        check_ranges(self, "moe.losses", **dict.fromkeys(names, weight))
 
     @property
     def needs_noise(self) -> bool:
@@ -114,10 +118,7 @@ class ExpertConfig:
     """`frozen-zero`: a parameter held at 0, as in Microsoft's Swin-MoE checkpoints."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"moe.experts.dropout={self.dropout} must be in [0, 1)")
-        if self.hidden_ratio is not None and self.hidden_ratio <= 0:
-            raise ConfigError(f"moe.experts.hidden_ratio={self.hidden_ratio} must be positive, or null for 1")
+        check_ranges(self, "moe.experts", dropout=below_one(), hidden_ratio=above(0, "use null for 1"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +137,12 @@ class MoEConfig:
     """`ragged` (no padding), `padded` (static shapes), or a name registered with `register_dispatcher`."""
 
     def __post_init__(self) -> None:
-        if self.num_experts < 1:
-            raise ConfigError(f"moe.num_experts={self.num_experts} must be at least 1; for a dense model use moe: null")
+        check_ranges(
+            self,
+            "moe",
+            num_experts=at_least(1, "for a dense model use moe: null"),
+            shared_expert_ratio=at_least(0, "use 0 for none"),
+        )
         if not 1 <= self.top_k <= self.num_experts:
             raise ConfigError(
                 f"moe.top_k={self.top_k} is not possible with moe.num_experts={self.num_experts}; "
@@ -148,5 +153,3 @@ class MoEConfig:
                 "the load loss estimates load through the gate noise, but moe.router.noise=0; set "
                 "moe.router.noise to 1.0 (Swin-MoE) or use moe.losses.gshard or moe.losses.importance instead"
             )
-        if self.shared_expert_ratio < 0:
-            raise ConfigError(f"moe.shared_expert_ratio={self.shared_expert_ratio} is negative; use 0 for none")

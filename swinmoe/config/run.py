@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from swinmoe.config.checks import Range, above, at_least, below_one, check_folder_name, check_ranges, probability
 from swinmoe.config.model import ModelConfig, Pair
 from swinmoe.errors import ConfigError
 
@@ -24,6 +25,21 @@ class AugmentConfig:
     """Used where rand_augment is not set."""
     random_erasing: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            "data.augment",
+            crop_padding=at_least(0, "use 0 for none"),
+            horizontal_flip=probability(),
+            color_jitter=at_least(0, "use 0 for none"),
+            random_erasing=probability(),
+        )
+        area = self.random_resized_crop
+        if area is not None and not 0 < area[0] <= area[1] <= 1:
+            raise ConfigError(
+                f"data.augment.random_resized_crop={list(area)} is not a range of areas; use e.g. [0.08, 1.0], or null"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class MixupConfig:
@@ -33,6 +49,10 @@ class MixupConfig:
     cutmix: float = 0.0
     prob: float = 1.0
     switch_prob: float = 0.5
+
+    def __post_init__(self) -> None:
+        beta = at_least(0, "it is a Beta distribution's parameter; use 0 for none")
+        check_ranges(self, "data.mixup", mixup=beta, cutmix=beta, prob=probability(), switch_prob=probability())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +78,20 @@ class DataConfig:
     mixup: MixupConfig = field(default_factory=MixupConfig)
     workers: int = 0
 
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            "data",
+            image_size=at_least(1, "give height and width in pixels"),
+            holdout=at_least(0, "use 0 for the data set's own evaluation images"),
+            limit=at_least(1, "use null for all images"),
+            synthetic_samples=at_least(1),
+            synthetic_classes=at_least(1),
+            workers=at_least(0, "use 0 to load in the training process"),
+        )
+        if self.channels not in (None, 1, 3):
+            raise ConfigError(f"data.channels={self.channels} is not possible; use 1 (grey), 3 (RGB) or null")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -71,6 +105,18 @@ class OptimConfig:
     weight_decay: float = 0.05
     clip_grad_norm: float | None = 5.0
 
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            "optim",
+            base_lr=above(0, "use e.g. 1e-3"),
+            lr_batch=at_least(0, "use 0 for no scaling"),
+            betas=below_one("use e.g. [0.9, 0.999]"),
+            eps=above(0, "use e.g. 1e-8"),
+            weight_decay=at_least(0, "use 0 for none"),
+            clip_grad_norm=above(0, "use null for no clipping"),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
@@ -83,6 +129,16 @@ class ScheduleConfig:
     min_lr: float = 0.0
     warmup_prefix: bool = True
     """True: the cosine begins after the warm-up (Microsoft's Swin-MoE); False: it runs under it from step 0."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            "schedule",
+            warmup_epochs=at_least(0, "use 0 for no warm-up"),
+            warmup_steps=at_least(0, "use 0 for no warm-up, null to count epochs"),
+            warmup_lr=at_least(0),
+            min_lr=at_least(0),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +161,17 @@ class TrainConfig:
     """An expert that got no token over so many steps is called dead."""
 
     def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            "train",
+            epochs=above(0, "for a fixed number of steps set train.steps"),
+            steps=at_least(1, "use null to count epochs"),
+            eval_batch_size=at_least(1),
+            label_smoothing=below_one(),
+            ema_decay=Range(0, 1, low_open=True, high_open=True, advice="use e.g. 0.9999, or null for no average"),
+            eval_every_epochs=above(0, "use null to evaluate at the end only"),
+            dead_expert_window=at_least(1),
+        )
         if self.epochs is None and self.steps is None:
             raise ConfigError("train.epochs and train.steps are both null; give one of them")
         if self.batch_size < 1 or self.accumulation < 1 or self.batch_size % self.accumulation:
@@ -127,18 +194,35 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
+    """When to save, and how many to keep."""
+
     every_steps: int = 0
     """0 = at epochs only."""
     every_epochs: int = 1
+    """0 = not at epochs."""
     keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            "checkpoint",
+            every_steps=at_least(0, "use 0 to save at epochs only"),
+            every_epochs=at_least(0, "use 0 for none at epochs"),
+            keep_last=at_least(1, "the newest checkpoint always stays"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
+    """What is recorded on the way."""
+
     every_steps: int = 10
     tensorboard: bool = False
     peak_flops: float | None = None
     """The machine's peak FLOP/s for the log's MFU; None = measured by a matrix product at start."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "log", every_steps=at_least(1), peak_flops=above(0, "use null to have it measured"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +245,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        check_folder_name("name", self.name, "; the folder above it is output_dir")
         moe = self.model.moe
         if moe is not None and moe.num_experts % self.parallel.ep_size:
             allowed = [n for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0]
@@ -193,11 +278,22 @@ class CompareConfig:
     """Test images shown in the report with their patches coloured by expert."""
 
     def __post_init__(self) -> None:
+        check_folder_name("name", self.name, "; the folder above it is output_dir")
+        check_ranges(
+            self,
+            "compare",
+            budget_seconds=above(0, "give the accumulated step time that each arm may use"),
+            sample_images=at_least(1),
+        )
+        for arm in self.arms:
+            check_folder_name("arm name", arm)
         if not self.arms:
             raise ConfigError("compare needs at least one arm; e.g. arms: {dense: {model: {moe: null}}, sparse: {}}")
         if not self.seeds:
             raise ConfigError("compare.seeds is empty; give at least one seed")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"compare.seeds={list(self.seeds)} names a seed twice; give each once")
         if self.reference is not None and self.reference not in self.arms:
             raise ConfigError(f"compare.reference={self.reference!r} is not an arm; use one of {list(self.arms)}")
-        if self.match == "seconds" and not self.budget_seconds:
+        if self.match == "seconds" and self.budget_seconds is None:
             raise ConfigError("match: seconds needs budget_seconds, the accumulated step time each arm may use")

@@ -14,7 +14,6 @@ from swinmoe.data.fashion_mnist import load_fashion_mnist
 from swinmoe.data.folder import load_folder
 from swinmoe.data.source import RawData
 from swinmoe.data.synthetic import load_synthetic
-from swinmoe.data.transforms import check_augment
 from swinmoe.errors import ConfigError, DataError
 from swinmoe.randomness import derive_seed, generator
 
@@ -48,7 +47,6 @@ def build_data(cfg: DataConfig, *, seed: int) -> DataBundle:
         DataError: missing or damaged data; the message says where they were sought and how to get them.
         ConfigError: settings that cannot be met.
     """
-    _check(cfg)
     # Libraries are imported when first needed, and the import of some (scikit-learn) draws from global random state.
     with isolated_rng(derive_seed("build")):
         return _build(cfg, seed)
@@ -97,20 +95,6 @@ def _load(cfg: DataConfig) -> RawData:
             return load_folder(cfg.root)
         case "synthetic":
             return load_synthetic(cfg)
-
-
-def _check(cfg: DataConfig) -> None:
-    if min(cfg.image_size) < 1:
-        raise ConfigError(f"data.image_size={list(cfg.image_size)} must be positive (height, width)")
-    if cfg.channels not in (None, 1, 3):
-        raise ConfigError(f"data.channels={cfg.channels} is not possible; use 1 (grey), 3 (RGB) or null")
-    if cfg.holdout < 0:
-        raise ConfigError(f"data.holdout={cfg.holdout} is negative; use 0 for the data set's own evaluation images")
-    if cfg.limit is not None and cfg.limit < 1:
-        raise ConfigError(f"data.limit={cfg.limit} leaves no image; use 1 or more, or null for all")
-    if cfg.workers < 0:
-        raise ConfigError(f"data.workers={cfg.workers} is negative; use 0 to load in the training process")
-    check_augment(cfg.augment)
 
 
 def _to_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:

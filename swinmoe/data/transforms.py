@@ -77,7 +77,6 @@ class Augment:
     def __init__(
         self, cfg: AugmentConfig, *, size: Size, mean: tuple[float, ...], normalise: Normalise, seed: int
     ) -> None:
-        check_augment(cfg)
         self._cfg = cfg
         self._size = size
         self._seed = seed
@@ -140,23 +139,6 @@ class Augment:
     def _finish(self, image: Image.Image) -> Tensor:
         tensor = self._normalise(pixels(image))
         return self._erase(tensor) if self._erase else tensor
-
-
-def check_augment(cfg: AugmentConfig) -> None:
-    """`ConfigError` for values that no augmentation can take."""
-    for name in ("horizontal_flip", "random_erasing"):
-        value = getattr(cfg, name)
-        if not 0 <= value <= 1:
-            raise ConfigError(f"data.augment.{name}={value} is a probability; use 0 to 1")
-    if cfg.crop_padding < 0:
-        raise ConfigError(f"data.augment.crop_padding={cfg.crop_padding} is negative; use 0 for none")
-    if cfg.color_jitter < 0:
-        raise ConfigError(f"data.augment.color_jitter={cfg.color_jitter} is negative; use 0 for none")
-    area = cfg.random_resized_crop
-    if area is not None and not 0 < area[0] <= area[1] <= 1:
-        raise ConfigError(
-            f"data.augment.random_resized_crop={list(area)} is not a range of areas; use e.g. [0.08, 1.0], or null"
-        )
 
 
 def _random_resized_crop(cfg: AugmentConfig, size: Size) -> Callable[[Image.Image], Image.Image] | None:

@@ -143,12 +143,6 @@ def test_erasing_replaces_one_rectangle_with_noise() -> None:
 @pytest.mark.parametrize(
     ("augment", "says"),
     [
-        (AugmentConfig(horizontal_flip=1.5), "horizontal_flip=1.5 is a probability"),
-        (AugmentConfig(random_erasing=-0.1), "random_erasing=-0.1 is a probability"),
-        (AugmentConfig(crop_padding=-1), "crop_padding=-1 is negative"),
-        (AugmentConfig(color_jitter=-1), "color_jitter=-1 is negative"),
-        (AugmentConfig(random_resized_crop=(0.5, 0.2)), "not a range of areas"),
-        (AugmentConfig(random_resized_crop=(0.0, 1.0)), "not a range of areas"),
         (AugmentConfig(rand_augment="augmix-m5"), "use e.g. rand-m9-mstd0.5-inc1"),
         (AugmentConfig(rand_augment="rand-q9"), "use e.g. rand-m9-mstd0.5-inc1"),
     ],
