@@ -12,24 +12,38 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from swinmoe.config.presets import preset_values
-from swinmoe.config.run import RunConfig
+from swinmoe.config.run import CompareConfig, RunConfig
 from swinmoe.errors import ConfigError, did_you_mean
 
 Config = TypeVar("Config")
 Tree = dict[str, Any]
 
+COMPARISON_KEYS = frozenset({"arms", "match", "base"})
+RUN_KEYS = frozenset(f.name for f in fields(RunConfig)) - {f.name for f in fields(CompareConfig)}
+
 
 def read_yaml(path: Path | str) -> Tree:
-    """The mapping in a YAML file; `ConfigError` if it is missing, malformed or not a mapping."""
+    """The mapping in a YAML file; `ConfigError` if it is missing, unreadable, malformed or not a mapping."""
     path = Path(path)
-    if not path.is_file():
+    if path.is_dir():
+        inside = sorted(p.name for p in path.glob("*.yaml"))[:8]
+        raise ConfigError(
+            f"config file {str(path)!r} is a folder; give a YAML file{f' in it: {inside}' * bool(inside)}"
+        )
+    if not path.exists():
         folder = path.parent if path.parent.is_dir() else None
         near = sorted(p.name for p in folder.glob("*.yaml")) if folder else []
         hint = did_you_mean(path.name, near) or (f"; that folder has {near[:8]}" if near else "")
         raise ConfigError(f"config file {str(path)!r} does not exist{hint}")
     try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {str(path)!r} is not UTF-8 text ({error}); save it as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(
+            f"config file {str(path)!r} cannot be read: {error.strerror}; give a readable file"
+        ) from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: what looks like a date but is none
         raise ConfigError(f"config file {str(path)!r} is not valid YAML: {error}") from error
     if tree is None:
         return {}
@@ -56,7 +70,7 @@ def parse_overrides(items: Iterable[str]) -> Tree:
             raise ConfigError(f"override {item!r} is not of the form key=value, e.g. optim.base_lr=1e-3")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"override {item!r}: the value is not valid YAML ({error})") from error
         for part in reversed(key.split(".")):
             value = {part: value}
@@ -78,8 +92,17 @@ def build(kind: type[Config], tree: Mapping[str, Any]) -> Config:
 
 
 def load(kind: type[Config], path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """A `kind` from a YAML file with `key=value` overrides laid on top."""
-    return build(kind, merge(read_yaml(path), parse_overrides(overrides)))
+    """A `kind` from a YAML file with `key=value` overrides laid on top.
+
+    Raises:
+        ConfigError: as `build`; or the file is meant for the other command, or `resume` names no checkpoint.
+    """
+    tree = read_yaml(path)
+    _check_command(kind, tree, path)
+    config = build(kind, merge(tree, parse_overrides(overrides)))
+    if isinstance(config, RunConfig | CompareConfig):
+        _check_resume(config.resume)
+    return config
 
 
 def to_tree(config: Any) -> Tree:
@@ -101,6 +124,20 @@ def with_overrides(config: Config, over: Mapping[str, Any]) -> Config:
 def run_config(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
     """`load(RunConfig, ...)`, the commonest call."""
     return load(RunConfig, path, overrides)
+
+
+def _check_command(kind: type, tree: Mapping[str, Any], path: Path | str) -> None:
+    """A file with arms is a comparison's; one with a run's sections and no arms is a run's."""
+    if kind is RunConfig and not COMPARISON_KEYS.isdisjoint(tree):
+        raise ConfigError(f"config file {str(path)!r} looks like a comparison: use swinmoe compare")
+    if kind is CompareConfig and COMPARISON_KEYS.isdisjoint(tree) and not RUN_KEYS.isdisjoint(tree):
+        raise ConfigError(f"config file {str(path)!r} looks like a single run: use swinmoe train")
+
+
+def _check_resume(resume: str) -> None:
+    if resume not in ("never", "auto") and not Path(resume).exists():
+        hint = did_you_mean(resume, ("never", "auto"))
+        raise ConfigError(f"resume={resume!r} is neither 'never' nor 'auto' nor a checkpoint's folder{hint}")
 
 
 def _plain(value: Any) -> Any:

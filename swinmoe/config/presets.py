@@ -169,6 +169,8 @@ PRESET_SOURCES: Mapping[str, str] = {name: source for name, (_, source) in _NAME
 
 def preset_values(name: str) -> Values:
     """The plain values of a named preset, the caller's own copy; `ConfigError` with suggestions for an unknown name."""
+    if not isinstance(name, str):  # YAML may hold anything here
+        raise ConfigError(f"model.preset={name!r} is not a name; use one that `swinmoe models` lists")
     if name not in PRESETS:
         families = ", ".join(sorted({n.split("_w")[0] for n in PRESETS}))
         raise ConfigError(f"unknown model preset {name!r}{did_you_mean(name, PRESETS) or '; families: ' + families}")

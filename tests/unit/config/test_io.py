@@ -76,7 +76,7 @@ def test_overrides_nest_and_later_ones_win():
     assert tree == {"a": {"b": 2, "c": [1, 2]}, "d": None, "e": {"a": "b"}}
 
 
-@pytest.mark.parametrize("item", ["novalue", "=1", "a=[1"])
+@pytest.mark.parametrize("item", ["novalue", "=1", "a=[1", "a=2024-13-45"])
 def test_malformed_overrides_are_refused(item):
     with pytest.raises(ConfigError, match="override"):
         parse_overrides([item])
@@ -118,6 +118,32 @@ def test_files_that_cannot_be_read(tmp_path):
         read_yaml(tmp_path / "list.yaml")
     with pytest.raises(ConfigError, match="not valid YAML"):
         read_yaml(tmp_path / "broken.yaml")
+    (tmp_path / "date.yaml").write_text("a: 2024-13-45")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        read_yaml(tmp_path / "date.yaml")
+    (tmp_path / "latin.yaml").write_bytes("name: café".encode("latin-1"))
+    with pytest.raises(ConfigError, match="not UTF-8 text"):
+        read_yaml(tmp_path / "latin.yaml")
+    with pytest.raises(ConfigError, match=r"is a folder; give a YAML file in it: .*'broken\.yaml'"):
+        read_yaml(tmp_path)
+
+
+@pytest.mark.parametrize("preset", [123, None, ["swin_micro"]])
+def test_a_preset_is_a_name(preset):
+    for kind, tree in ((RunConfig, {"model": {"preset": preset}}), (ModelConfig, {"preset": preset})):
+        with pytest.raises(ConfigError, match=r"model\.preset=.* is not a name"):
+            build(kind, tree)
+
+
+def test_resume_is_a_word_or_an_existing_checkpoint(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {preset: swin_micro}\n")
+    for good in ("auto", "never", str(tmp_path)):
+        assert load(RunConfig, path, [f"resume={good}"]).resume == good
+    with pytest.raises(ConfigError, match=r"resume='atuo' .*; did you mean 'auto'"):
+        load(RunConfig, path, ["resume=atuo"])
+    with pytest.raises(ConfigError, match=r"nor a checkpoint's folder$"):
+        load(RunConfig, path, [f"resume={tmp_path / 'step-9'}"])
 
 
 def test_overrides_lie_on_top_of_the_file(tmp_path):
