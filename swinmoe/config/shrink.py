@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from swinmoe.config.io import build, merge, to_tree, with_overrides
-from swinmoe.config.model import ModelConfig
+from swinmoe.config.model import ModelConfig, Pair
 from swinmoe.config.run import CompareConfig, RunConfig
 from swinmoe.errors import ConfigError
 
@@ -70,7 +70,12 @@ def _smaller(model: ModelConfig) -> dict[str, object]:
         "depths": depths,
         "num_heads": [2**stage for stage in range(len(depths))],
         "window_size": [4, 4],
-        "pretrained_window_sizes": None if pretrained is None else [min(w, 4) for w in pretrained],
+        "pretrained_window_sizes": None if pretrained is None else [_at_most(window, 4) for window in pretrained],
         "num_classes": CLASSES,
         "moe_blocks": blocks,
     }
+
+
+def _at_most(window: int | Pair, side: int) -> int | list[int]:
+    """A pre-training window, one side or both, no larger than `side`."""
+    return min(window, side) if isinstance(window, int) else [min(own, side) for own in window]
