@@ -1,18 +1,39 @@
-"""The command line: argv -> (command, typed config) -> run. Errors for users are one message and exit status 2."""
+"""The command line: argv -> (command, typed config) -> run.
+
+Exit status: 0 done; 2 what the user can mend, in one message (a config, a file, a full disk); 1 anything else that went
+wrong; 130 interrupted. Tracebacks are shown with `--debug` only.
+"""
 
 from __future__ import annotations
 
+import errno
 import sys
+import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Never
 
 import typer
+from typer.core import TyperGroup
 
 from swinmoe.errors import SwinMoEError
 from swinmoe.version import __version__
 
+
+class _Stopped(Exception):
+    """Carries its cause past typer, which has a word and a status of its own for these two."""
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, EOFError) as error:
+            raise _Stopped from error
+
+
 app = typer.Typer(
     name="swinmoe",
+    cls=_Commands,
     help="Mixture-of-Experts scaling for vision: train Swin-MoE beside its dense twin.",
     no_args_is_help=True,
     add_completion=False,
@@ -36,12 +57,12 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """`--debug` is read by `main`, which needs it after parsing has failed too."""
+    """`--debug` is taken out by `main` and stands here for `--help`."""
 
 
 # Commands import their work when called, so that `swinmoe --help` and bad arguments answer at once.
@@ -81,13 +102,51 @@ def models(contains: Annotated[str, typer.Argument(help="Only names that contain
 
 def main() -> None:
     """Entry point of the `swinmoe` command."""
+    argv = sys.argv[1:]
+    debug = "--debug" in argv
     try:
-        app(standalone_mode=True)
-    except SwinMoEError as error:
-        if "--debug" in sys.argv:
-            raise
-        sys.stderr.write(f"swinmoe: {error}\n")
-        sys.exit(2)
+        app([word for word in argv if word != "--debug"])
+    except _Stopped as stopped:
+        _fail(stopped.__cause__ or stopped, debug=debug)
+    except Exception as error:
+        _fail(error, debug=debug)
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Exit status and message for whatever ended a command."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, SwinMoEError):
+        return 2, str(error)
+    if isinstance(error, OSError):
+        what = f"{error.strerror or error}" + (f": {str(error.filename)!r}" if error.filename else "")
+        return 2, f"{what}; {_ADVICE.get(error.errno or 0, 'check the paths given, output_dir= among them')}"
+    said = " ".join(str(error).split())
+    return 1, (
+        f"unexpected {type(error).__name__}: {said} (a bug, or the machine; run again with --debug for the traceback)"
+    )
+
+
+_NOT_ALLOWED = "choose an output_dir= that you may write to"
+_FULL = "free some space, or choose an output_dir= on another disk"
+_ADVICE = {
+    errno.EACCES: _NOT_ALLOWED,
+    errno.EPERM: _NOT_ALLOWED,
+    errno.EROFS: _NOT_ALLOWED,
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.ENOTDIR: "a file stands where a folder is needed; choose another output_dir= or name=",
+    errno.EEXIST: "a file stands where a folder is needed; choose another output_dir= or name=",
+    errno.ENAMETOOLONG: "choose a shorter name= or output_dir=",
+}
+
+
+def _fail(error: BaseException, *, debug: bool) -> Never:
+    status, message = explain(error)
+    if debug:
+        traceback.print_exception(error)
+    sys.stderr.write(f"swinmoe: {message}\n")
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,6 +67,15 @@ def test_train_leaves_records_config_and_a_checkpoint(config: Path, tmp_path: Pa
         (["data.name=folder", "data.root=/nowhere"], "/nowhere"),
         (["optim.base_lr"], "not of the form key=value"),
         (["train.batch_size=100000"], "100000"),
+        (["train.steps=0"], "train.steps=0 must be at least 1; use null to count epochs"),
+        (["train.ema_decay=.nan"], "train.ema_decay=nan must be in (0, 1) and finite; use e.g. 0.9999, or null"),
+        (["optim.base_lr=1e999"], "optim.base_lr=inf must be above 0 and finite"),
+        (["name=../elsewhere"], "name='../elsewhere' is not a plain folder name"),
+        (
+            ["resume=atuo"],
+            "resume='atuo' is neither 'never' nor 'auto' nor a checkpoint's folder; did you mean 'auto'?",
+        ),
+        (["model.preset=123"], "model.preset=123 is not a name"),
     ],
 )
 def test_bad_input_is_one_message_and_status_2(
@@ -88,9 +100,94 @@ def test_a_missing_config_suggests_its_neighbour(config: Path) -> None:
     assert done.returncode == 2 and "did you mean 'small.yaml'" in done.stderr
 
 
-def test_debug_shows_the_traceback(config: Path) -> None:
-    done = _run("--debug", "train", str(config), "optim.nonsense=1")
-    assert done.returncode != 0 and "Traceback" in done.stderr and "unknown config key" in done.stderr
+Say = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
+    """Run the command line in this process; its exit status and stderr."""
+
+    def run(*argv: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["swinmoe", *argv])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert isinstance(stopped.value.code, int)
+        return stopped.value.code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_debug_shows_the_traceback_wherever_it_stands(say: Say, config: Path, place: int) -> None:
+    argv = ["train", str(config), "optim.nonsense=1"]
+    status, errors = say(*argv)
+    assert (status, "Traceback" in errors) == (2, False)
+    argv.insert(place, "--debug")
+    status, errors = say(*argv)
+    assert status == 2 and errors.startswith("Traceback") and "\nswinmoe: unknown config key" in errors
+
+
+def test_help_tells_of_debug(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["swinmoe", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--debug" in re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (
+            ValueError("one\n two"),
+            1,
+            "unexpected ValueError: one two (a bug, or the machine; run again with --debug for the traceback)",
+        ),
+        (EOFError("short"), 1, "unexpected EOFError: short (a bug"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x/records.jsonl"),
+            2,
+            "No space left on device: '/x/records.jsonl'; free some space",
+        ),
+        (OSError("odd"), 2, "odd; check the paths given"),
+    ],
+)
+def test_whatever_ends_a_command_is_one_line(
+    say: Say, config: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int, message: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("swinmoe.commands.train.run", fail)
+    code, errors = say("train", str(config))
+    assert code == status
+    assert errors.startswith(f"swinmoe: {message}") and errors.count("\n") == 1
+    code, errors = say("train", str(config), "--debug")
+    assert code == status and "Traceback" in errors and "in fail" in errors
+
+
+def test_an_output_folder_that_cannot_be(say: Say, config: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    status, errors = say("train", str(config), f"output_dir={tmp_path / 'taken'}")
+    assert status == 2 and errors.count("\n") == 1
+    assert "taken" in errors and "a file stands where a folder is needed" in errors
+
+
+def test_a_file_for_the_other_command(say: Say, config: Path, tmp_path: Path) -> None:
+    twins = tmp_path / "twins.yaml"
+    twins.write_text(yaml.safe_dump({"base": SMALL, "arms": {"sparse": {}}}))
+    assert say("train", str(twins)) == (
+        2,
+        f"swinmoe: config file '{twins}' looks like a comparison: use swinmoe compare\n",
+    )
+    status, errors = say("compare", str(config))
+    assert status == 2 and errors.endswith("looks like a single run: use swinmoe train\n")
+
+
+def test_models_that_do_not_exist(say: Say) -> None:
+    assert say("models", "NOPE")[0] == 2
+    status, errors = say("models", "swin_micr0")
+    assert status == 2 and "no named model contains 'swin_micr0'; did you mean 'swin_micro'" in errors
 
 
 def test_models_lists_presets_with_counts() -> None:
