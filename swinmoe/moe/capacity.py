@@ -1,10 +1,13 @@
 """How many slots an expert has: C = max(min_slots, k·int(factor·ceil(T/E))), counted per source rank.
 
 The rounding is Tutel's (Hwang et al. 2023): the integer part is taken before the multiplication by k. All of it is host
-arithmetic on shapes; nothing here looks at where tokens went.
+arithmetic on shapes; nothing here looks at where tokens went. Under `torch.export` with a dynamic batch the number of
+tokens is a symbol, and so is the capacity: `sym_int` and `sym_max` are `int` and `max` for numbers.
 """
 
 from __future__ import annotations
+
+import torch
 
 from swinmoe.config.moe import CapacityPolicy
 from swinmoe.errors import ConfigError
@@ -15,7 +18,8 @@ def capacity(policy: CapacityPolicy, num_tokens: int, num_experts: int, top_k: i
     if policy.kind == "dropless":
         return None
     share = -(-num_tokens // num_experts)
-    return max(policy.min_slots, top_k * int(policy.factor * share))
+    slots = torch.sym_int(policy.factor * share)
+    return torch.sym_max(policy.min_slots, top_k * slots)  # type: ignore[return-value]  # a symbol is told to be an int
 
 
 def require_slots(policy: CapacityPolicy, num_tokens: int, num_experts: int, top_k: int) -> None:

@@ -27,12 +27,12 @@ def queue(routing: Routing, num_experts: int, capacity: int | None, *, batch_pri
     order = line.argsort(stable=True)
     routed = _count(line, num_experts)
     first = routed.cumsum(0) - routed
-    place = torch.arange(len(line), device=line.device) - first.index_select(0, line.index_select(0, order))
+    place = torch.arange(num_tokens * top_k, device=line.device) - first.index_select(0, line.index_select(0, order))
     slot = torch.empty_like(line).index_copy_(0, order, place).view(top_k, num_tokens).t()
     if turn is not None:
         slot = torch.empty_like(slot).index_copy_(0, turn, slot)
-    # A token names an expert once, so no queue is longer than T.
-    if capacity is None or capacity >= num_tokens:
+    # A token names an expert once, so no queue is longer than T. A symbolic T (torch.export) answers no such question.
+    if capacity is None or (isinstance(num_tokens, int) and capacity >= num_tokens):
         return Queues(slot, None, routed, routed)
     return Queues(slot, slot < capacity, routed, routed.clamp(max=capacity))
 

@@ -92,7 +92,7 @@ class MoEMlp(nn.Module):
             raise RoutingError(f"{self.name} was given tokens of width {x.shape[-1]}; it was made for dim={self.dim}")
         tokens = x.reshape(-1, self.dim)
         if noise is None:
-            noise = self.draw_noise(len(tokens), tokens.device)
+            noise = self.draw_noise(tokens.shape[0], tokens.device)
         routing, plan, route, stats = self.assign(tokens, noise)
         return self.carry(tokens, routing, plan, route).view(x.shape), stats
 
@@ -103,7 +103,8 @@ class MoEMlp(nn.Module):
         """
         routing: Routing = self.router(tokens, noise)
         policy = self.cfg.capacity.train if self.training else self.cfg.capacity.eval
-        limit = capacity(policy, len(tokens), self.num_experts, self.top_k)
+        num_tokens = tokens.shape[0]  # not len(), which makes a number of a symbolic size
+        limit = capacity(policy, num_tokens, self.num_experts, self.top_k)
         queues = dispatch.queue(routing, self.num_experts, limit, batch_prioritized=self.cfg.router.batch_prioritized)
         slots = self.dispatcher.slots(queues, limit, policy)
         route = self.execution.prepare(queues.counts, slots)
@@ -117,8 +118,8 @@ class MoEMlp(nn.Module):
         out = self.execution.run(rows, route, self.experts.weights(), function)
         y = self.dispatcher.gather(out, routing, plan)
         if self.shared is not None:
-            everyone = torch.tensor([[len(tokens)]])
-            y = y + self.shared.function(self.training)(tokens, everyone, self.shared.weights())
+            everyone = tokens.unsqueeze(0)  # all rows go to the one expert: the padded layout without padding
+            y = y + self.shared.function(self.training)(everyone, None, self.shared.weights()).squeeze(0)
         return y
 
     def _num_rows(self, queues: Queues, route: Route) -> int | None:
@@ -148,7 +149,7 @@ class MoEMlp(nn.Module):
         return RoutingStats(
             routed=queues.routed,
             kept=queues.counts,
-            tokens=torch.full((), len(ids), dtype=torch.int64, device=ids.device),
+            tokens=torch.full((), ids.shape[0], dtype=torch.int64, device=ids.device),
             entropy_sum=torch.special.entr(distribution.detach()).sum(dtype=torch.float32),
             losses={name: loss.detach() for name, loss in computed.items()},
             loss=losses.weighted(cfg, computed, routing.logits),

@@ -60,12 +60,12 @@ def _sum_of(term: str, routing: Routing, distribution: Tensor, noise_std: float)
     logits = routing.logits
     match term:
         case "tokens":
-            return logits.new_full((1,), len(logits))
+            return logits.new_full((1,), logits.shape[0])
         case "probs":
             return distribution.sum(0)
         case "top1":
             return logits.new_zeros(logits.shape[1]).index_add_(
-                0, routing.expert_ids[:, 0], logits.new_ones(len(logits))
+                0, routing.expert_ids[:, 0], logits.new_ones(logits.shape[0])
             )
         case "importance":
             return logits.softmax(-1).sum(0)

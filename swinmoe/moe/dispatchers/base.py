@@ -56,7 +56,7 @@ def _tokens(plan: DispatchPlan) -> Tensor:
 def _sum_choices(rows: Tensor, weights: Tensor | None, plan: DispatchPlan) -> Tensor:
     """(M, D) -> (T, D): Σ_k weight_tk·row_tk; without weights kept choices count 1."""
     num_tokens, top_k = plan.position.shape
-    if len(rows) == 0:
+    if rows.shape[0] == 0:
         return rows.new_zeros(num_tokens, rows.shape[1])
     if plan.kept is not None:
         weights = plan.kept.to(rows.dtype) if weights is None else weights * plan.kept
@@ -73,8 +73,8 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: DispatchPlan) -> Tensor:
         ctx.plan = plan
-        if len(x) == 0:
-            return x.new_zeros(len(plan.row), x.shape[1])
+        if x.shape[0] == 0:
+            return x.new_zeros(plan.row.shape[0], x.shape[1])
         rows = x.index_select(0, _tokens(plan))
         if plan.slots is not None:
             rows.masked_fill_((plan.row < 0).unsqueeze(1), 0)

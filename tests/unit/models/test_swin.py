@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from swinmoe.config import BalanceLossConfig, ExpertConfig, ModelConfig, MoEConfig, RouterConfig
+from swinmoe.config import (
+    BalanceLossConfig,
+    CapacityConfig,
+    CapacityPolicy,
+    ExpertConfig,
+    ModelConfig,
+    MoEConfig,
+    RouterConfig,
+)
 from swinmoe.errors import ConfigError
 from swinmoe.models import SwinOutput, SwinTransformer, build_model, create_model
 
@@ -309,6 +317,33 @@ def test_export_with_a_dynamic_batch(style: str) -> None:
     for batch in (1, 3, 5):
         images = torch.randn(batch, 3, 18, 14, dtype=torch.float64)
         assert torch.allclose(program(images).logits, model(images).logits, atol=1e-12)
+
+
+def test_static_layout_exports_with_a_dynamic_batch() -> None:
+    """Slots follow the batch in the exported program too; capacity 0.5 drops, so that who is dropped must agree."""
+    moe = MoEConfig(
+        num_experts=4,
+        top_k=2,
+        router=RouterConfig(batch_prioritized=True),
+        capacity=CapacityConfig(eval=CapacityPolicy(kind="fixed", factor=0.5)),
+        dispatcher="padded",
+        shared_expert_ratio=0.5,
+    )
+    model = tiny("v1", moe=moe, moe_blocks=((), (0,)), depths=(1, 1), img_size=(18, 14))
+    images = torch.randn(3, 3, 18, 14, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about torch's own
+        program = torch.export.export(
+            model, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
+        ).module()
+    for batch in (1, 3, 7):
+        images = torch.randn(batch, 3, 18, 14, dtype=torch.float64)
+        got, expected = program(images), model(images)
+        assert torch.allclose(got.logits, expected.logits, atol=1e-12)
+        assert torch.allclose(got.aux_loss, expected.aux_loss, atol=1e-12)
+        (a,), (b,) = got.routing.values(), expected.routing.values()
+        assert torch.equal(a.expert_ids, b.expert_ids) and int(a.tokens) == batch * 20
+        assert int(a.kept.sum()) < int(a.routed.sum())
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])
