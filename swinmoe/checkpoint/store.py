@@ -25,6 +25,7 @@ from swinmoe.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -46,7 +47,7 @@ def save_checkpoint(
     `tensors` maps a file stem (sub-folders allowed) to named tensors. Call it on one process only.
 
     Raises:
-        CheckpointError: the disk is full or not writable; nothing that was there before is touched.
+        CheckpointError: the disk is full or not writable; earlier checkpoints are as they were.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step:08d}"
@@ -60,8 +61,8 @@ def save_checkpoint(
             save_file({k: v.detach().contiguous().cpu() for k, v in group.items()}, file)
         (aside / STATE).write_text(json.dumps({**state, "step": step}, indent=1))
         files = {str(p.relative_to(aside)): _fingerprint(p) for p in sorted(aside.rglob("*")) if p.is_file()}
-        (aside / MANIFEST).write_text(json.dumps({"format": 1, "step": step, "files": files}, indent=1))
-        for path in [*(p for p in aside.rglob("*") if p.is_file()), aside]:
+        (aside / MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
+        for path in [*aside.rglob("*"), aside]:
             _sync(path)
         if final.exists():
             shutil.rmtree(final)
@@ -73,9 +74,17 @@ def save_checkpoint(
             f"could not write checkpoint {str(final)!r}: {error}; earlier checkpoints are intact; free space or choose "
             "another output_dir"
         ) from error
-    for old in _complete(folder)[: -max(1, keep_last)]:
+    others = [path for path in _complete(folder) if path != final]
+    for old in others[: max(0, len(others) - (keep_last - 1))]:
         shutil.rmtree(old)
     return final
+
+
+def drop_newer(folder: Path, step: int) -> None:
+    """Remove checkpoints beyond `step`, when a run goes on from an earlier one: they belong to a branch given up."""
+    for path in _complete(folder):
+        if int(path.name.split("-")[1]) > step:
+            shutil.rmtree(path)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -91,6 +100,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: names the file that is missing or damaged.
     """
     manifest = _read_json(path / MANIFEST)
+    if manifest.get("format") != FORMAT or "files" not in manifest:
+        raise CheckpointError(f"{str(path / MANIFEST)!r} is not a manifest of format {FORMAT}; it is damaged, or newer")
     for name, (size, digest) in manifest["files"].items():
         file = path / name
         if not file.is_file():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from swinmoe.compare.analysis import write_routing_pictures
 from swinmoe.compare.arms import match_lengths, resolve_arms, shared_run
-from swinmoe.config import CompareConfig
-from swinmoe.errors import ConfigError
+from swinmoe.config import CompareConfig, RunConfig
+from swinmoe.config.io import to_tree
+from swinmoe.errors import CheckpointError, ConfigError
 from swinmoe.records import read_records
 from swinmoe.report import ReportPaths, write_report
-from swinmoe.train import fit, make_arm, open_session
+from swinmoe.train import check_same, fit, make_arm, open_session, restore
 from swinmoe.train.session import Session
 
 
@@ -26,6 +28,8 @@ def compare(config: CompareConfig, *, show: bool = True) -> ReportPaths | None:
             f"compare was given resume={config.resume!r}, one checkpoint, for {len(config.seeds)} seeds and schedule: "
             f"{config.schedule}; use resume=auto, which finds each one's own"
         )
+    if config.resume != "never":
+        _check_same_match(config, folder / "records.jsonl")
     every = {seed: resolve_arms(config, seed) for seed in config.seeds}
     first = shared_run(every[config.seeds[0]])
     with open_session("compare", first, config=config, folder=folder, resume=config.resume, show=show) as session:
@@ -40,33 +44,57 @@ def compare(config: CompareConfig, *, show: bool = True) -> ReportPaths | None:
 
 def _train_seed(config: CompareConfig, session: Session, seed: int) -> None:
     runs = resolve_arms(config, seed)
-    if config.resume == "auto" and _finished(session, list(runs), seed):
+    if config.resume == "auto" and _finished(session, runs, seed):
         session.progress.say(f"seed {seed} is already trained")
         return
-    job = session.job(shared_run(runs), f"seed-{seed}")
-    per_epoch = job.stream.steps_per_epoch
-    lengths = match_lengths(config, runs, per_epoch)
-    arms = [
-        make_arm(name, run, session.mesh, session.accelerator, lengths[name], per_epoch) for name, run in runs.items()
-    ]
-    session.begin()
-    for arm in arms:
-        session.describe(arm)
-    if config.schedule == "lockstep":
-        fit(job, arms)
-    else:
+    groups = [list(runs)] if config.schedule == "lockstep" else [[name] for name in runs]
+    for names in groups:
+        inside = f"seed-{seed}" if len(groups) == 1 else f"seed-{seed}/{names[0]}"
+        job = session.job(shared_run(runs), inside)
+        per_epoch = job.stream.steps_per_epoch
+        lengths = match_lengths(config, runs, per_epoch)
+        arms = [
+            make_arm(name, runs[name], session.mesh, session.accelerator, lengths[name], per_epoch) for name in names
+        ]
+        start = restore(job, arms)
+        session.begin()
         for arm in arms:
-            alone = session.job(runs[arm.name], f"seed-{seed}/{arm.name}")
-            fit(alone, [arm])
-    for arm in arms:
-        write_routing_pictures(job, arm, config.sample_images)
-    session.records.write("note", text=f"seed {seed} complete")
+            session.describe(arm)
+        fit(job, arms, start)
+        for arm in arms:
+            write_routing_pictures(job, arm, config.sample_images)
+        session.forget_models()
+    session.records.write("note", text=_complete(seed))
 
 
-def _finished(session: Session, names: list[str], seed: int) -> bool:
-    """True if the records already hold this seed's finals and pictures (same answer on all ranks: same file)."""
+def _finished(session: Session, runs: Mapping[str, RunConfig], seed: int) -> bool:
+    """True if the records hold all of this seed (same answer on all ranks: same file).
+
+    Raises:
+        CheckpointError: it was trained by another config, and would be averaged with what this one trains.
+    """
     path = session.folder / "records.jsonl"
     lines = read_records(path) if path.exists() else []
-    done = {line["arm"] for line in lines if line["kind"] == "final" and line["seed"] == seed}
-    noted = {(line["text"]) for line in lines if line["kind"] == "note"}
-    return done >= set(names) and f"seed {seed} complete" in noted
+    if not any(line["kind"] == "note" and line["text"] == _complete(seed) for line in lines):
+        return False
+    trained = {line["arm"]: line["config"] for line in lines if line["kind"] == "arm" and line["seed"] == seed}
+    for name, run in runs.items():
+        if name not in trained:
+            return False
+        check_same(f"seed {seed} of arm {name!r} in {str(path)!r}", trained[name], to_tree(run))
+    return True
+
+
+def _check_same_match(config: CompareConfig, path: Path) -> None:
+    """Refuse to go on with arms matched on something else."""
+    begun = [line for line in read_records(path) if line["kind"] == "run"] if path.exists() else []
+    for key in ("match", "budget_seconds", "reference", "schedule"):
+        if begun and begun[-1]["config"].get(key) != getattr(config, key):
+            raise CheckpointError(
+                f"{str(path)!r} was begun with {key}: {begun[-1]['config'].get(key)}, not {getattr(config, key)}; "
+                "go on with the same, or start a new comparison under another name"
+            )
+
+
+def _complete(seed: int) -> str:
+    return f"seed {seed} complete"

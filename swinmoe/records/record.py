@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,12 @@ class RunRecord:
         with self.path.open("a") as file:
             file.write(line + "\n")
 
+    def sync(self) -> None:
+        """Bring what was written to the disk itself."""
+        if self.path is not None and self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
 
 def _cut_partial_line(path: Path) -> None:
     """Drop the tail after the last newline: a process killed while writing leaves half a line there."""
@@ -73,7 +80,7 @@ def _cut_partial_line(path: Path) -> None:
         return
     data = path.read_bytes()
     if data and not data.endswith(b"\n"):
-        path.write_bytes(data[: data.rfind(b"\n") + 1])
+        os.truncate(path, data.rfind(b"\n") + 1)
 
 
 def _lines(path: Path) -> Iterator[Line]:

@@ -2,8 +2,10 @@
 
 from swinmoe.train.arm import Arm, make_arm
 from swinmoe.train.evaluate import evaluate
-from swinmoe.train.loop import Job, fit
+from swinmoe.train.job import Job
+from swinmoe.train.loop import fit
 from swinmoe.train.progress import Progress
+from swinmoe.train.resume import check_same, restore
 from swinmoe.train.schedule import Length, planned_steps
 from swinmoe.train.session import Session, open_session
 from swinmoe.train.single import train
@@ -14,10 +16,12 @@ __all__ = [
     "Length",
     "Progress",
     "Session",
+    "check_same",
     "evaluate",
     "fit",
     "make_arm",
     "open_session",
     "planned_steps",
+    "restore",
     "train",
 ]

@@ -123,7 +123,7 @@ class Arm:
             clip_grad_norm(self.raw, None if limit is None else limit * self.scale.value, self.mesh) / self.scale.value
         )
         finite = bool(torch.isfinite(norm))  # the norm is global: every rank takes the same branch
-        if not finite and not self.scale.dynamic:
+        if not finite and (not self.scale.dynamic or self.scale.value <= 1):
             self.optimizer.zero_grad(set_to_none=False)
             raise NonFiniteLossError(self._explain_non_finite(batches))
         if finite:
@@ -205,16 +205,29 @@ class Arm:
             "loss_scale": [self.scale.value, self.scale.good_steps],
             "idle": self.idle.state(partial(global_min, mesh=self.mesh)),
             "history": self.history,
+            "length": [self.length.steps, self.length.seconds],
         }
         return tensors, values
 
     def load(self, tensors: Tensors, values: dict[str, Any]) -> None:
-        """Back to a `state()`, from any number of processes."""
+        """Back to a `state()`, from any number of processes.
+
+        Raises:
+            CheckpointError: something is missing, does not fit, or the arm was to train for another length.
+        """
+        if values["length"] != [self.length.steps, self.length.seconds]:
+            raise CheckpointError(
+                f"arm {self.name!r} was to train for [steps, seconds] = {values['length']} and now for "
+                f"{[self.length.steps, self.length.seconds]}: its schedule would break; start "
+                "a new run under another name"
+            )
         parameters = dict(self.raw.named_parameters())
         _load_strict(self.raw, self._local(tensors["model"]), "model")
         for name, parameter in parameters.items():
             prefix = f"{name}#"
             saved = {k.removeprefix(prefix): v for k, v in tensors["optimizer"].items() if k.startswith(prefix)}
+            if not saved and parameter.requires_grad and values["step"]:
+                raise CheckpointError(f"the checkpoint holds no optimiser state for {name!r}")
             if saved:
                 whole = {
                     k: take_local(v, parameter, self.mesh) if v.ndim == parameter.ndim and v.ndim else v

@@ -9,61 +9,31 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from swinmoe.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from swinmoe.config import RunConfig
-from swinmoe.config.io import to_tree
-from swinmoe.data import DataBundle, TrainStream
-from swinmoe.errors import CheckpointError
-from swinmoe.parallel import Mesh
-from swinmoe.records import RunRecord
-from swinmoe.train.arm import Arm, Tensors
+from swinmoe.train.arm import Arm
 from swinmoe.train.evaluate import evaluate
+from swinmoe.train.job import Job
 from swinmoe.train.place import place
-from swinmoe.train.progress import Progress
-
-MAY_DIFFER_ON_RESUME = (
-    *("resume", "output_dir", "name", "log", "checkpoint", "parallel"),
-    *("data.workers", "data.root", "data.download"),
-)
-"""Config keys, and sections, that do not change what is computed."""
+from swinmoe.train.resume import Start, go_on_from, save
 
 
-@dataclass
-class Job:
-    """What the arms of one seed share."""
-
-    run: RunConfig
-    """Data, batch, logging and checkpoint settings; equal for all arms."""
-    mesh: Mesh
-    bundle: DataBundle
-    stream: TrainStream
-    records: RunRecord
-    checkpoints: Path
-    resume: str
-    progress: Progress
-    peak_flops: float | None = None
-    tracker: Any = None
-    """Something with `log(values, step)`: Accelerate's trackers; None for none."""
-
-
-def fit(job: Job, arms: Sequence[Arm]) -> None:
+def fit(job: Job, arms: Sequence[Arm], start: Start) -> None:
     """Train `arms` to their lengths on the same batches, strictly one after another within a step.
+
+    `start` is what `restore(job, arms)` returned.
 
     The order alternates from step to step, so that a machine whose speed drifts treats the arms alike; an arm that is
     done idles. Writes `step`, `eval` and `final` records and checkpoints.
 
     Raises:
         NonFiniteLossError: an arm's loss left the finite numbers; earlier checkpoints are kept.
-        CheckpointError: the checkpoint to resume from does not fit.
+        CheckpointError: a checkpoint could not be written; earlier ones are kept.
     """
-    step = restore(job, arms)
+    go_on_from(job, arms, start)
+    step = start.step
     if all(arm.done for arm in arms):
         return
     limits = [arm.length.steps for arm in arms]
@@ -123,7 +93,7 @@ def _log_step(job: Job, arm: Arm) -> None:
         flat = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
         for layer, values in numbers["routing"].items():
             flat |= {f"{layer}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-        job.tracker.log({f"{arm.name}/{k}": v for k, v in flat.items()}, step=arm.step)
+        job.tracker.log({f"{arm.name}-seed{arm.run.seed}/{k}": v for k, v in flat.items()}, step=arm.step)
 
 
 def _log_evaluation(job: Job, arm: Arm) -> None:
@@ -139,7 +109,7 @@ def _log_evaluation(job: Job, arm: Arm) -> None:
     job.records.write("eval", **owner, **place_in_run, split=job.bundle.eval_split, **found)
     job.progress.evaluated(arm, found)
     if job.tracker is not None:
-        values = {f"{arm.name}/eval_{k}": found[k] for k in ("loss", "accuracy")}
+        values = {f"{arm.name}-seed{arm.run.seed}/eval_{k}": found[k] for k in ("loss", "accuracy")}
         job.tracker.log(values, step=arm.step)
     if arm.done:
         reason = "trained for its steps" if arm.length.steps is not None else "used its seconds"
@@ -158,65 +128,6 @@ def final_loss(arm: Arm) -> float | None:
     ]
     weight = sum(n for n, _ in spans)
     return sum(n * loss for n, loss in spans) / weight if weight else None
-
-
-def save(job: Job, arms: Sequence[Arm], step: int) -> None:
-    """Checkpoint all arms at `step`; every rank takes part, the main one writes."""
-    tensors: Tensors = {}
-    values: dict[str, Any] = {}
-    for arm in arms:
-        own, values[arm.name] = arm.state()
-        tensors |= {f"{arm.name}/{stem}": group for stem, group in own.items()}
-    if job.mesh.rank == 0:
-        configs = {arm.name: to_tree(arm.run) for arm in arms}
-        state = {"arms": values, "configs": configs}
-        save_checkpoint(job.checkpoints, step, tensors, state, job.run.checkpoint.keep_last)
-
-
-def restore(job: Job, arms: Sequence[Arm]) -> int:
-    """Load the checkpoint that `resume` asks for into the arms; returns the step to go on from (0: afresh)."""
-    if job.resume == "never":
-        return 0
-    path = latest_checkpoint(job.checkpoints) if job.resume == "auto" else Path(job.resume)
-    if path is not None:
-        checkpoint = load_checkpoint(path)
-        for arm in arms:
-            if arm.name not in checkpoint.state["arms"]:
-                known = sorted(checkpoint.state["arms"])
-                raise CheckpointError(f"checkpoint {str(path)!r} has no arm {arm.name!r}; it holds {known}")
-            _check_same(path, checkpoint.state["configs"][arm.name], to_tree(arm.run))
-            prefix = f"{arm.name}/"
-            own = {k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)}
-            arm.load(own, checkpoint.state["arms"][arm.name])
-    step = 0 if path is None else checkpoint.step
-    for arm in arms:
-        job.records.write("superseded", arm=arm.name, seed=arm.run.seed, after_step=step)
-    job.progress.say(f"resumed at step {step} from {path}" if path else "no complete checkpoint: starting afresh")
-    return step
-
-
-def _check_same(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    differing = [
-        f"{key} (saved {old!r}, now {new!r})"
-        for key, (old, new) in _differences(saved, now).items()
-        if not any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER_ON_RESUME)
-    ]
-    if differing:
-        raise CheckpointError(
-            f"checkpoint {str(path)!r} was made by another config: {'; '.join(differing[:6])}. Go on with the same "
-            "config, or start a new run under another name"
-        )
-
-
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    out: dict[str, tuple[Any, Any]] = {}
-    for key in sorted(set(a) | set(b)):
-        x, y, name = a.get(key), b.get(key), f"{prefix}{key}"
-        if isinstance(x, Mapping) and isinstance(y, Mapping):
-            out |= _differences(x, y, f"{name}.")
-        elif x != y:
-            out[name] = (x, y)
-    return out
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from swinmoe.parallel import Mesh, make_mesh
 from swinmoe.records import RunRecord
 from swinmoe.runtime import agree, describe_environment, make_accelerator, stop_processes
 from swinmoe.train.arm import Arm
-from swinmoe.train.loop import Job
+from swinmoe.train.job import Job
 from swinmoe.train.peak import measure_peak_flops
 from swinmoe.train.progress import Progress
 
@@ -43,6 +44,15 @@ class Session:
     def main(self) -> bool:
         """True on the process that writes."""
         return self.mesh.rank == 0
+
+    @cached_property
+    def peak_flops(self) -> float:
+        """FLOP/s that utilisation is stated against: given, or measured once."""
+        return self.run.log.peak_flops or measure_peak_flops(self.accelerator.device, self.run.train.precision)
+
+    def forget_models(self) -> None:
+        """Let go of trained models: Accelerate keeps every model that it has prepared."""
+        self.accelerator.free_memory()
 
     def begin(self) -> None:
         """Write the `run` record and the config, once: after everything that can be refused has been looked at, so that
@@ -73,7 +83,7 @@ class Session:
             checkpoints=self.folder / "checkpoints" / name,
             resume=self.resume,
             progress=self.progress,
-            peak_flops=run.log.peak_flops or measure_peak_flops(self.accelerator.device, run.train.precision),
+            peak_flops=self.peak_flops,
             tracker=self.accelerator if run.log.tensorboard else None,
         )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from swinmoe.config import RunConfig
 from swinmoe.train.arm import Arm, make_arm
 from swinmoe.train.loop import fit
+from swinmoe.train.resume import restore
 from swinmoe.train.schedule import Length, planned_steps
 from swinmoe.train.session import open_session
 
@@ -22,7 +23,8 @@ def train(run: RunConfig, *, show: bool = True) -> tuple[Path, Arm]:
         job = session.job(run)
         length = Length(steps=planned_steps(run.train, job.stream.steps_per_epoch))
         arm = make_arm("model", run, session.mesh, session.accelerator, length, job.stream.steps_per_epoch)
+        start = restore(job, [arm])
         session.begin()
         session.describe(arm)
-        fit(job, [arm])
+        fit(job, [arm], start)
     return folder, arm

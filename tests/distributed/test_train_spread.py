@@ -39,6 +39,10 @@ def _train(folder: Path, name: str, processes: int, *overrides: str) -> None:
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(RUN))
     argv = ["train", str(config), f"output_dir={folder}", f"name={name}", *overrides]
+    _launch(processes, *argv)
+
+
+def _launch(processes: int, *argv: str) -> None:
     done = subprocess.run(
         [str(ROOT / "launch" / "local.sh"), "--processes", str(processes), *argv],
         env=os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
@@ -94,7 +98,34 @@ def test_a_user_error_on_two_processes_ends_with_status_2(tmp_path: Path) -> Non
     assert not (tmp_path / "bad").exists()
 
 
-def test_float32_is_close(tmp_path: Path) -> None:
-    _train(tmp_path, "one", 1, "train.precision=fp32")
-    _train(tmp_path, "two", 2, "parallel.ep_size=2", "train.precision=fp32")
-    assert _furthest(tmp_path / "one", tmp_path / "two") < 1e-2
+def test_data_parallel_twins_on_two_processes(tmp_path: Path) -> None:
+    """`compare` on two data-parallel processes leaves the checkpoint, for both arms, that one process leaves."""
+    base = RUN | {"train": {**RUN["train"], "steps": 3}}
+    twins = {"base": base, "arms": {"dense": {"model": {"moe": None}}, "sparse": {}}, "sample_images": 2}
+    config = tmp_path / "twins.yaml"
+    config.write_text(yaml.safe_dump(twins))
+    ends = []
+    for processes in (1, 2):
+        _launch(processes, "compare", str(config), f"output_dir={tmp_path}", f"name=on{processes}")
+        end = latest_checkpoint(tmp_path / f"on{processes}" / "checkpoints" / "seed-0")
+        assert end is not None and (tmp_path / f"on{processes}" / "report.html").is_file()
+        ends.append(load_checkpoint(end).tensors)
+    for file, tensors in ends[0].items():
+        for name, tensor in tensors.items():
+            assert float((tensor.double() - ends[1][file][name].double()).abs().max()) < 1e-10, (file, name)
+    tables = [
+        [
+            line["table"]
+            for line in read_records(tmp_path / f"on{n}" / "records.jsonl")
+            if line["kind"] == "class_expert"
+        ]
+        for n in (1, 2)
+    ]
+    assert tables[0] == tables[1]
+
+
+def test_a_poisoned_expert_is_reported_by_all_ranks_at_once(tmp_path: Path) -> None:
+    """A rate that makes weights overflow on the ranks that hold them: no rank waits for a peer that has stopped."""
+    with pytest.raises(AssertionError, match="not finite at step") as stopped:
+        _train(tmp_path, "wild", 2, "parallel.ep_size=2", "optim.base_lr=1e300", "optim.clip_grad_norm=null")
+    assert "Timed out" not in str(stopped.value)

@@ -15,8 +15,10 @@ from swinmoe.compare import compare
 from swinmoe.config import CompareConfig, RunConfig
 from swinmoe.config.io import build, merge
 from swinmoe.errors import CheckpointError, ConfigError, NonFiniteLossError
+from swinmoe.models import build_model
 from swinmoe.records import read_records
 from swinmoe.train import train
+from swinmoe.train.loss_scale import LossScale
 
 BASE: dict[str, Any] = {
     "name": "run",
@@ -72,8 +74,9 @@ def test_records_say_what_happened(tmp_path: Path) -> None:
 
 
 def test_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:
-    """Dropless, without noise, with the balance loss off (it is per micro-batch): the same numbers, float64."""
-    quiet = {"model": {"drop_path_rate": 0.0, "moe": {"losses": {"gshard": 0.0}}}, "train": {"precision": "fp64"}}
+    """Dropless, without noise, float64, with the z-loss, which is a mean over tokens: the same numbers."""
+    losses = {"gshard": 0.0, "z": 0.1}
+    quiet = {"model": {"drop_path_rate": 0.0, "moe": {"losses": losses}}, "train": {"precision": "fp64"}}
     whole, _ = train(_run(tmp_path, name="whole", **quiet), show=False)
     split = merge(quiet, {"train": {"accumulation": 4}})
     parts, _ = train(_run(tmp_path, name="parts", **split), show=False)
@@ -122,9 +125,16 @@ def test_non_finite_loss_stops_with_step_and_layer_and_keeps_the_checkpoint(tmp_
 
 
 def test_a_changed_config_is_not_resumed(tmp_path: Path) -> None:
-    train(_run(tmp_path), show=False)
+    _, arm = train(_run(tmp_path), show=False)
+    tensors, values = arm.state()
+    with pytest.raises(CheckpointError, match=r"was to train for .*9.* and now for .*6"):
+        arm.load(tensors, values | {"length": [9, None]})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(CheckpointError, match=r"made by another config: optim\.base_lr \(saved 0\.003, now 0\.5\)"):
         train(_run(tmp_path, resume="auto", optim={"base_lr": 0.5}), show=False)
+    with pytest.raises(CheckpointError, match=r"train\.steps \(saved 6, now 9\)"):
+        train(_run(tmp_path, resume="auto", train={"steps": 9}), show=False)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     train(_run(tmp_path, resume="auto", log={"every_steps": 1}), show=False)  # what changes no number may change
 
 
@@ -133,6 +143,33 @@ def test_a_capacity_without_slots_is_refused_at_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="0 slots"):
         train(_run(tmp_path, model={"moe": {"capacity": policy}}), show=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_going_back_to_an_older_checkpoint_gives_up_the_newer_ones(tmp_path: Path) -> None:
+    every = {"checkpoint": {"every_steps": 2, "every_epochs": 0, "keep_last": 9}}
+    folder, _ = train(_run(tmp_path, **every), show=False)
+    whole = _model(folder)
+    oldest = folder / "checkpoints" / "step-00000002"
+    train(_run(tmp_path, resume=str(oldest), **merge(every, {"checkpoint": {"keep_last": 2}})), show=False)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+    again = _model(folder)
+    assert all(torch.equal(again[k], whole[k]) for k in whole)
+    assert [s["step"] for s in _lines(folder, "step")] == [2, 4, 6]
+
+
+def test_a_scaled_loss_trains_alike_and_an_overflow_skips_the_step(tmp_path: Path, monkeypatch: Any) -> None:
+    """float16's machinery on the CPU: a scale of 2^16 changes no bit of float64 training; an overflow halves it."""
+    config = {"train": {"precision": "fp64"}, "optim": {"clip_grad_norm": None}}
+    plain, _ = train(_run(tmp_path, name="plain", **config), show=False)
+    monkeypatch.setattr("swinmoe.train.arm.make_loss_scale", lambda precision: LossScale(2.0**16, dynamic=True))
+    scaled, arm = train(_run(tmp_path, name="scaled", **config), show=False)
+    ours, theirs = _model(scaled), _model(plain)
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours) and arm.scale.good_steps == 6
+    monkeypatch.setattr("swinmoe.train.arm.make_loss_scale", lambda precision: LossScale(1e308, dynamic=True))
+    _, arm = train(_run(tmp_path, name="over", **config), show=False)
+    assert arm.scale.value == 1e308 / 2**6
+    start = build_model(arm.run.model, seed=0, dtype=torch.float64).state_dict()
+    assert all(torch.equal(start[k], v) for k, v in arm.raw.state_dict().items())  # all six steps were skipped
 
 
 def _twins(folder: Path, **over: Any) -> CompareConfig:
@@ -180,4 +217,12 @@ def test_finished_seeds_are_not_trained_again(tmp_path: Path) -> None:
     compare(_twins(tmp_path, name="seeds", seeds=[1, 2], resume="auto"), show=False)
     after = (tmp_path / "seeds" / "records.jsonl").read_text()
     assert after.startswith(before)
+    base = merge({k: v for k, v in BASE.items() if k != "name"}, {"optim": {"base_lr": 0.5}})
+    with pytest.raises(CheckpointError, match=r"seed 1 of arm 'dense' .* was made by another config: optim\.base_lr"):
+        compare(_twins(tmp_path, name="seeds", seeds=[1, 2, 3], resume="auto", base=base), show=False)
+    with pytest.raises(CheckpointError, match="was begun with match: steps, not flops"):
+        compare(_twins(tmp_path, name="seeds", seeds=[1, 2, 3], resume="auto", match="flops"), show=False)
+    with pytest.raises(ConfigError, match="resume=auto, which finds each one's own"):
+        compare(_twins(tmp_path, name="seeds", seeds=[1, 2], resume="somewhere"), show=False)
+    assert (tmp_path / "seeds" / "records.jsonl").read_text() == after
     assert [x["seed"] for x in _lines(tmp_path / "seeds", "final")] == [1, 1, 2, 2]

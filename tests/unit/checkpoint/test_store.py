@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from swinmoe.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from swinmoe.checkpoint import drop_newer, latest_checkpoint, load_checkpoint, save_checkpoint
 from swinmoe.errors import CheckpointError
 
 
@@ -27,10 +27,15 @@ def test_round_trip_is_bit_equal(tmp_path: Path) -> None:
 
 def test_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 10, 3):
-        save_checkpoint(tmp_path, step, _tensors(step), {}, keep_last=2)
+        written = save_checkpoint(tmp_path, step, _tensors(step), {}, keep_last=2)
+        assert written.is_dir()  # what was just written is never the one to go
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000003", "step-00000010"]
     latest = latest_checkpoint(tmp_path)
     assert latest is not None and latest.name == "step-00000010"
+    drop_newer(tmp_path, 3)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003"]
+    save_checkpoint(tmp_path, 4, _tensors(4), {}, keep_last=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000004"]
 
 
 def test_unfinished_and_truncated_are_passed_over(tmp_path: Path) -> None:

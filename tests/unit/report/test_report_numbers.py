@@ -230,6 +230,17 @@ def test_headline_tells_losses_and_single_seeds() -> None:
     assert "single seed" in told.basis
 
 
+@pytest.mark.parametrize("gap", [0.0, 4e-4])
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_headline_calls_equal_results_equal(seeds: tuple[int, ...], gap: float) -> None:
+    lines = [run_line(seeds=seeds)]
+    for seed in seeds:
+        lines += [arm_line("dense", seed, 100), arm_line("sparse", seed, 410, flops=75.0)]
+        lines += [final_line("dense", seed, 1.337, 0.75), final_line("sparse", seed, 1.337 + gap, 0.75 + gap)]
+    told = headline(summary(lines)).text
+    assert "It ended with equal training loss (1.337 vs 1.337) and equal accuracy (75.0 vs 75.0 %)." in told
+
+
 def test_equal_is_said_only_where_the_records_bear_it_out() -> None:
     lines = twins(match="flops")
     for line in lines:
