@@ -117,11 +117,10 @@ def _loss(d: Difference) -> str:
     if d.loss is None or d.loss_means is None:
         return ""
     values = " vs ".join(number(mean, 3) for mean in d.loss_means)
-    verdict = d.loss.verdict(higher_is_better=False)
-    if verdict == "noise":
-        return f"no clear difference in training loss ({values}, {spread(d.loss, 3, sign=True)})"
-    if d.loss.mean == 0:
+    if _equal(d.loss, 3):
         return f"equal training loss ({values})"
+    if d.loss.verdict(higher_is_better=False) == "noise":
+        return f"no clear difference in training loss ({values}, {spread(d.loss, 3, sign=True)})"
     return f"{'lower' if d.loss.mean < 0 else 'higher'} training loss ({values})"
 
 
@@ -129,9 +128,16 @@ def _accuracy(d: Difference) -> str:
     if d.accuracy is None or d.accuracy_means is None:
         return ""
     values = " vs ".join(number(100 * mean, 1) for mean in d.accuracy_means) + " %"
+    if _equal(d.accuracy, 1, 100):
+        return f"equal accuracy ({values})"
     if d.accuracy.verdict(higher_is_better=True) == "noise":
         return f"no clear difference in accuracy ({values}, {_points(d.accuracy)})"
     return f"{_points(d.accuracy)} of accuracy ({values})"
+
+
+def _equal(difference: Estimate, digits: int, scale: float = 1.0) -> bool:
+    """True if no seed shows a difference in the digits that are printed."""
+    return all(round(value * scale, digits) == 0 for value in difference.values)
 
 
 def _points(value: Estimate) -> str:
