@@ -1,5 +1,6 @@
 """The sparse house: a top-k gated expert layer, and the parts it is made of."""
 
+from swinmoe.moe.activations import Activation
 from swinmoe.moe.capacity import capacity, require_slots
 from swinmoe.moe.dispatchers import Dispatcher, PaddedDispatcher, RaggedDispatcher
 from swinmoe.moe.execution import LocalExecution
@@ -20,6 +21,7 @@ from swinmoe.moe.types import (
 )
 
 __all__ = [
+    "Activation",
     "DispatchPlan",
     "Dispatcher",
     "ExpertExecution",
