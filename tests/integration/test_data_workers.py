@@ -84,21 +84,28 @@ def test_a_resumed_run_in_another_process_sees_the_same_batches(tmp_path: Path) 
     assert done.stdout.strip() == _run(0, 3, 6)
 
 
+def _crew(others: set[int | None]) -> set[int | None]:
+    """This process's children beside `others`: the distributed tests keep a pool in the same process."""
+    return {child.pid for child in multiprocessing.active_children()} - others
+
+
 def test_workers_live_through_all_epochs_and_end_with_the_iterator() -> None:
+    others = _crew(set())
     steps = _stream(_config(2, LIGHT)).iterate(0, 9)
     next(steps)
-    crew = {child.pid for child in multiprocessing.active_children()}
+    crew = _crew(others)
     assert len(crew) == 2
     for _ in range(6):
         next(steps)
-        assert {child.pid for child in multiprocessing.active_children()} == crew
+        assert _crew(others) == crew
     steps.close()
-    assert not multiprocessing.active_children()
+    assert not _crew(others)
     list(_stream(_config(2, LIGHT)).iterate(0, 3))
-    assert not multiprocessing.active_children()
+    assert not _crew(others)
 
 
 def test_evaluation_with_workers_is_the_same() -> None:
+    others = _crew(set())
     data = build_data(_config(0, LIGHT), seed=0).eval
     here = list(eval_batches(data, batch_size=7, rank=0, world=2))
     there = list(eval_batches(data, batch_size=7, rank=0, world=2, workers=2))
@@ -106,7 +113,7 @@ def test_evaluation_with_workers_is_the_same() -> None:
     assert all(
         torch.equal(a.images, b.images) and torch.equal(a.indices, b.indices) for a, b in zip(here, there, strict=True)
     )
-    assert not multiprocessing.active_children()
+    assert not _crew(others)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

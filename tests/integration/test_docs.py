@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from swinmoe.moe.registry import DISPATCHERS, EXPERTS, ROUTERS
+
 ROOT = Path(__file__).parents[2]
 PAGES = [
     path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if "```python" in path.read_text()
@@ -18,8 +20,10 @@ def test_there_are_pages_with_code() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_python_blocks_run(page: Path) -> None:
-    """All blocks of a page run one after the other in one namespace."""
+def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks of a page run one after the other in one namespace; what they register is forgotten afterwards."""
+    for registry in (ROUTERS, EXPERTS, DISPATCHERS):
+        monkeypatch.setattr(registry, "_parts", dict(registry._parts))
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     namespace: dict[str, object] = {"__name__": page.stem}
     for block in blocks:

@@ -35,18 +35,18 @@ MODEL = {
 }
 RUN = {
     "model": MODEL,
-    "data": {"name": "digits", "augment": {"crop_padding": 2}, "mixup": {"mixup": 0.2}},
+    "data": {"name": "digits", "limit": 640, "augment": {"crop_padding": 2}, "mixup": {"mixup": 0.2}},
     "optim": {"base_lr": 0.002},
     "schedule": {"warmup_steps": 5},
     "train": {
         "epochs": None,
-        "steps": 40,
+        "steps": 24,
         "batch_size": 64,
         "ema_decay": 0.9,
         "label_smoothing": 0.1,
         "accumulation": 2,
     },
-    "checkpoint": {"every_steps": 7, "every_epochs": 0},
+    "checkpoint": {"every_steps": 5, "every_epochs": 0},
     "log": {"every_steps": 5, "peak_flops": 1e11},
 }
 COMPARE = {"base": RUN, "arms": {"dense": {"model": {"moe": None}}, "sparse": {}}, "seeds": [3], "sample_images": 2}
@@ -90,7 +90,7 @@ def _kill_in_mid_epoch(process: subprocess.Popen, checkpoints: Path, at_least: i
 
 
 def _tensors(run: Path) -> dict[str, torch.Tensor]:
-    (newest,) = run.rglob("step-00000040")
+    (newest,) = run.rglob("step-00000024")
     return {
         f"{file.relative_to(newest)}:{k}": v
         for file in newest.rglob("*.safetensors")
@@ -110,10 +110,10 @@ def test_killed_and_resumed_is_bit_identical(command: str, tree: dict, inside: s
     _kill_in_mid_epoch(
         _start(command, tree, tmp_path, "no-workers", "resume=auto"),
         tmp_path / "no-workers" / "checkpoints" / inside,
-        at_least=14,
+        at_least=5,
     )
     stopped_at = latest_checkpoint(tmp_path / "no-workers" / "checkpoints" / inside)
-    assert stopped_at is not None and 14 <= int(stopped_at.name.split("-")[1]) < 40
+    assert stopped_at is not None and 5 <= int(stopped_at.name.split("-")[1]) < 24
     shutil.copytree(tmp_path / "no-workers", tmp_path / "two-workers")
     key = "data.workers" if command == "train" else "base.data.workers"
     theirs = _tensors(tmp_path / "whole")
