@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import yaml
 
-import swinmoe.config
 from swinmoe.compare import compare, resolve_arms
 from swinmoe.config import CompareConfig, RunConfig, resolve_style
 from swinmoe.config.io import build, dump, load, read_yaml
