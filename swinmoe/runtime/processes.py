@@ -33,11 +33,6 @@ def launched_rank() -> int:
     return _launched("RANK", 0)
 
 
-def is_main_process() -> bool:
-    """True on the one process that writes files and talks to the user."""
-    return dist.get_rank() == 0 if dist.is_available() and dist.is_initialized() else launched_rank() == 0
-
-
 def start_processes(*, cpu: bool = False, timeout_minutes: float = TIMEOUT_MINUTES) -> None:
     """Join the job's process group: NCCL on GPUs (gloo beside it for host tensors), gloo on CPU.
 

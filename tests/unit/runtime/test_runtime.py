@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
-import random
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,13 +13,9 @@ from swinmoe.errors import BackendUnavailableError, ConfigError, DistributedErro
 from swinmoe.runtime import (
     agree,
     describe_environment,
-    get_console,
-    get_logger,
-    is_main_process,
     launched_rank,
     launched_world,
     make_accelerator,
-    set_determinism,
     start_processes,
 )
 
@@ -34,29 +26,11 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture
-def random_state() -> Iterator[None]:
-    """Puts back what `set_determinism` changes for the whole process."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    deterministic, fill = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
-    benchmark = torch.backends.cudnn.benchmark
-    yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
-    torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-    torch.backends.cudnn.benchmark = benchmark
-
-
 def test_the_launcher_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (launched_world(), launched_rank(), is_main_process()) == (1, 0, True)
+    assert (launched_world(), launched_rank()) == (1, 0)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
-    assert (launched_world(), launched_rank(), is_main_process()) == (4, 3, False)
+    assert (launched_world(), launched_rank()) == (4, 3)
     monkeypatch.setenv("WORLD_SIZE", "four")
     with pytest.raises(DistributedError, match="WORLD_SIZE='four' is not a number"):
         launched_world()
@@ -114,34 +88,6 @@ def test_the_environment_tells_versions_and_nothing_private() -> None:
     text = json.dumps(environment)
     assert socket.gethostname() not in text
     assert str(Path.home()) not in text
-
-
-def test_seeds_fix_every_global_generator(random_state: None) -> None:
-    def draws() -> tuple[float, float, float]:
-        return random.random(), float(np.random.random()), float(torch.rand(()))
-
-    set_determinism(3)
-    first = draws()
-    set_determinism(3)
-    assert draws() == first
-    set_determinism(3, rank=1)
-    assert not set(draws()) & set(first)
-    assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.utils.deterministic.fill_uninitialized_memory
-
-
-def test_only_the_main_process_speaks_but_errors_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    log = get_logger()
-    assert get_logger() is log and len(log.handlers) == 1
-    with get_console().capture() as heard:
-        log.info("from the main process")
-    assert "from the main process" in heard.get()
-    monkeypatch.setenv("RANK", "2")
-    with get_console().capture() as heard:
-        log.info("chatter")
-        logging.getLogger("swinmoe.elsewhere").error("trouble with %d", 7)
-    assert "chatter" not in heard.get()
-    assert "[rank 2] trouble with 7" in heard.get()
 
 
 def test_alone_there_is_nothing_to_disagree_on() -> None:
