@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from swinmoe.version import __version__
@@ -54,5 +57,26 @@ def __dir__() -> list[str]:
     return __all__
 
 
-if "timm" in sys.modules:  # whoever uses timm finds our models in its registry; nobody else pays for importing it
+class _RegisterAfterTimm:
+    """An import hook: when timm is first imported, our presets join its registry. Until then it costs nothing."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "timm":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                __getattr__("register_with_timm")()
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]  # of this one loader object
+        return spec
+
+
+if "timm" in sys.modules:
     __getattr__("register_with_timm")()
+elif not any(type(finder).__name__ == _RegisterAfterTimm.__name__ for finder in sys.meta_path):
+    sys.meta_path.insert(0, _RegisterAfterTimm())

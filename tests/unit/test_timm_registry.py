@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -10,6 +13,12 @@ from swinmoe.config.presets import PRESETS
 from swinmoe.errors import ConfigError
 from swinmoe.models import create_model
 from swinmoe.timm_registry import TimmSwin, register_with_timm
+
+
+@pytest.mark.parametrize("first", ["import swinmoe, timm", "import timm, swinmoe"])
+def test_presets_are_in_the_registry_whichever_is_imported_first(first: str) -> None:
+    code = f"{first}; import sys; sys.exit(not timm.is_model('swinmoe_swin_v2_t_256_w8'))"
+    assert subprocess.run([sys.executable, "-W", "error", "-c", code], timeout=120).returncode == 0
 
 
 def test_every_preset_is_registered_once() -> None:
