@@ -10,8 +10,10 @@ import torch.distributed as dist
 from pool import Pool
 
 from swinmoe.comm import all_to_all_rows
+from swinmoe.config import ParallelConfig
 from swinmoe.errors import DistributedError
-from swinmoe.runtime import agree, describe_environment, is_main_process
+from swinmoe.parallel import make_mesh
+from swinmoe.runtime import agree, describe_environment
 
 pytestmark = pytest.mark.distributed
 
@@ -51,7 +53,7 @@ def test_an_exchange_that_does_not_finish_names_rank_layer_and_operation(pool2: 
 
 
 def roles() -> tuple[bool, int]:
-    return is_main_process(), describe_environment()["world_size"]
+    return make_mesh(ParallelConfig(), None).is_main, describe_environment()["world_size"]
 
 
 def test_the_first_rank_is_the_main_process(pool2: Pool) -> None:
