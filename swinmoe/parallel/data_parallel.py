@@ -51,6 +51,7 @@ def wrap_data_parallel(model: nn.Module, mesh: Mesh, accelerator_prepare: Prepar
 
 
 # Without annotations: DDP compares them with its own types, and here all annotations are strings.
+# Untyped: DDP compares the hook's annotations with its own classes, and here annotations are strings.
 def _sum_bucket(group, bucket):  # type: ignore[no-untyped-def]
     """DDP's communication hook: the default one divides by the number of ranks first."""
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
