@@ -84,6 +84,11 @@ def check_ranges(config: Any, where: str, **ranges: Range) -> None:
         raise ConfigError("\n".join(mistakes))
 
 
+def divisors(n: int) -> list[int]:
+    """What divides `n`, from 1 to `n`: the choices that an error offers."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
 def check_folder_name(key: str, name: str, advice: str = "") -> None:
     """`ConfigError` unless `name` can be one folder's name, so that no run lands beside or above its output folder."""
     if not name.strip() or name in (".", "..") or any(mark in name for mark in "/\\\0"):

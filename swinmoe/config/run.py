@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from swinmoe.config.checks import Range, above, at_least, below_one, check_folder_name, check_ranges, probability
+from swinmoe.config.checks import (
+    Range,
+    above,
+    at_least,
+    below_one,
+    check_folder_name,
+    check_ranges,
+    divisors,
+    probability,
+)
 from swinmoe.config.model import ModelConfig, Pair
 from swinmoe.errors import ConfigError
 
@@ -183,13 +192,88 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How ranks share the work. `ep_size` ranks share one set of experts; the rest are data-parallel replicas."""
+    """How ranks share the work. `ep_size` ranks share one set of experts; the rest are data-parallel replicas.
+
+    A layer with fewer experts than `ep_size` cuts each expert's hidden width into ep_size/E slices. Results do not
+    depend on anything here, up to rounding (and to `payload`).
+    """
 
     ep_size: int = 1
+    """Ranks that share one set of experts, neighbours in rank order. It divides the number of experts, or is a
+    multiple of it."""
+    weight_group: int = 1
+    """Neighbouring ranks that gather each other's expert weights, so that fewer tokens have to travel. 1: tokens
+    travel; `ep_size`: only weights do; a divisor between: both."""
+    exchange: Literal["flat", "2dh"] = "flat"
+    """How tokens travel: in one all-to-all, or in two stages, inside nodes and then between them (2DH)."""
+    local_size: int | None = None
+    """2DH: neighbouring ranks that count as one node; null = as many as the launcher started on this machine."""
+    chunks: int = 1
+    """Parts in which tokens travel, each overlapping with the experts' work on another; 1 = no overlap."""
+    payload: Literal["full", "bf16"] = "full"
+    """What travelling tokens and their gradients are rounded to; `full` = not at all."""
+    timeout_minutes: float = 10.0
+    """After so long a collective that does not finish is an error that names it."""
 
     def __post_init__(self) -> None:
-        if self.ep_size < 1:
-            raise ConfigError(f"parallel.ep_size={self.ep_size} must be at least 1")
+        check_ranges(
+            self,
+            "parallel",
+            ep_size=at_least(1, "use 1 for data parallelism alone"),
+            weight_group=at_least(1, "use 1 where tokens travel"),
+            local_size=at_least(1, "use null for the launcher's processes per machine"),
+            chunks=at_least(1, "use 1 for no overlap"),
+            timeout_minutes=above(0, "use e.g. 10"),
+        )
+        if self.ep_size % self.weight_group:
+            raise ConfigError(
+                f"parallel.weight_group={self.weight_group} does not divide parallel.ep_size={self.ep_size}; use one "
+                f"of {divisors(self.ep_size)}"
+            )
+        if self.token_group == 1:
+            self._refuse_without_travel()
+        local = self.local_size
+        if local is None:
+            return
+        if self.exchange != "2dh":
+            raise ConfigError(f"parallel.local_size={local} is for exchange=2dh; set that, or local_size to null")
+        if self.ep_size % local or local % self.weight_group:
+            fitting = [n for n in divisors(self.ep_size) if n % self.weight_group == 0]
+            raise ConfigError(
+                f"parallel.local_size={local} does not cut ep_size={self.ep_size} ranks into nodes of whole groups of "
+                f"weight_group={self.weight_group}; use one of {fitting}"
+            )
+
+    @property
+    def token_group(self) -> int:
+        """Ranks among which tokens travel."""
+        return self.ep_size // self.weight_group
+
+    def _refuse_without_travel(self) -> None:
+        still = {"exchange": "flat", "chunks": 1, "payload": "full"}
+        for name, neutral in still.items():
+            if (value := getattr(self, name)) != neutral:
+                raise ConfigError(
+                    f"parallel.{name}={value} has no meaning where no token travels (ep_size={self.ep_size}, "
+                    f"weight_group={self.weight_group}); use {name}={neutral}, or let tokens travel"
+                )
+
+    def check_experts(self, num_experts: int, what: str = "model.moe.num_experts") -> None:
+        """`ConfigError` unless `num_experts` experts can be spread like this."""
+        ep = self.ep_size
+        if num_experts % ep and ep % num_experts:
+            multiples = list(range(2 * num_experts, ep + num_experts + 1, num_experts))
+            raise ConfigError(
+                f"parallel.ep_size={ep} does not divide {what}={num_experts}, nor is it a multiple of it; use one of "
+                f"{divisors(num_experts) + multiples}"
+            )
+        slices = max(1, ep // num_experts)
+        if slices % self.weight_group and self.weight_group % slices:
+            fitting = [n for n in divisors(ep) if slices % n == 0 or n % slices == 0]
+            raise ConfigError(
+                f"parallel.weight_group={self.weight_group} gathers neither whole experts nor an even part of their "
+                f"{slices} slices ({what}={num_experts} on ep_size={ep} ranks); use one of {fitting}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,13 +330,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_folder_name("name", self.name, "; the folder above it is output_dir")
-        moe = self.model.moe
-        if moe is not None and moe.num_experts % self.parallel.ep_size:
-            allowed = [n for n in range(1, moe.num_experts + 1) if moe.num_experts % n == 0]
-            raise ConfigError(
-                f"parallel.ep_size={self.parallel.ep_size} does not divide model.moe.num_experts={moe.num_experts}; "
-                f"use one of {allowed}"
-            )
+        if self.model.moe is not None:
+            self.parallel.check_experts(self.model.moe.num_experts)
 
 
 @dataclass(frozen=True, kw_only=True)

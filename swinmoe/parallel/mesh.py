@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from swinmoe.config import ParallelConfig
+from swinmoe.config.checks import divisors
 from swinmoe.errors import ConfigError
 
 
@@ -52,10 +53,6 @@ class Mesh:
         return self
 
 
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
 def make_mesh(config: ParallelConfig, num_experts: int | None = None) -> Mesh:
     """The mesh of this job; a collective call when `torch.distributed` is initialised, else a mesh of one process.
 
@@ -69,13 +66,10 @@ def make_mesh(config: ParallelConfig, num_experts: int | None = None) -> Mesh:
     launched = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if launched else (0, 1)
     ep = config.ep_size
-    if num_experts is not None and num_experts % ep:
-        raise ConfigError(
-            f"parallel.ep_size={ep} does not divide the number of experts {num_experts}; use one of "
-            f"{_divisors(num_experts)}"
-        )
+    if num_experts is not None:
+        config.check_experts(num_experts, "the number of experts")
     if world % ep:
-        fitting = [d for d in _divisors(world) if num_experts is None or num_experts % d == 0]
+        fitting = [d for d in divisors(world) if num_experts is None or num_experts % d == 0 or d % num_experts == 0]
         raise ConfigError(
             f"parallel.ep_size={ep} does not divide the number of processes {world}; use one of {fitting}, or start "
             f"a multiple of {ep} processes (launch/local.sh --processes {ep} ...)"

@@ -153,6 +153,12 @@ NOWHERE = {
     "DataConfig.root": "a place on the user's machine",
     "DataConfig.download": "tests stay off the network",
     "ParallelConfig.ep_size": "a file must run on one process; launch/ and the README set it",
+    "ParallelConfig.weight_group": "needs ep_size > 1",
+    "ParallelConfig.exchange": "needs ep_size > 1",
+    "ParallelConfig.local_size": "needs ep_size > 1",
+    "ParallelConfig.chunks": "needs ep_size > 1",
+    "ParallelConfig.payload": "needs ep_size > 1",
+    "ParallelConfig.timeout_minutes": "a matter of the machine",
 }
 """Fields that every file leaves alone, and why."""
 

@@ -57,6 +57,25 @@ def test_one_number_stands_for_a_pair():
             {"model": {"preset": "swin_moe_micro"}, "parallel": {"ep_size": 3}},
             r"ep_size=3 does not divide .*\[1, 2, 4, 8\]",
         ),
+        ({"parallel": {"ep_size": 4, "weight_group": 3}}, r"weight_group=3 does not divide .*\[1, 2, 4\]"),
+        ({"parallel": {"chunks": 2}}, "chunks=2 has no meaning where no token travels"),
+        (
+            {"parallel": {"ep_size": 2, "weight_group": 2, "exchange": "2dh"}},
+            "exchange=2dh has no meaning where no token travels",
+        ),
+        ({"parallel": {"ep_size": 2, "payload": "bf16", "weight_group": 2}}, "payload=bf16 has no meaning"),
+        ({"parallel": {"ep_size": 4, "local_size": 2}}, "local_size=2 is for exchange=2dh"),
+        (
+            {"parallel": {"ep_size": 8, "weight_group": 2, "exchange": "2dh", "local_size": 3}},
+            r"local_size=3 does not cut ep_size=8 .*\[2, 4, 8\]",
+        ),
+        (
+            {
+                "model": {"preset": "swin_moe_micro", "moe": {"num_experts": 2}},
+                "parallel": {"ep_size": 12, "weight_group": 4},
+            },
+            r"weight_group=4 gathers neither whole experts .*\[1, 2, 3, 6, 12\]",
+        ),
     ],
 )
 def test_mistakes_are_explained(tree, message):
