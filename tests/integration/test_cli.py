@@ -59,7 +59,7 @@ def test_train_leaves_records_config_and_a_checkpoint(config: Path, tmp_path: Pa
     [
         (["optim.base_lrr=1"], "unknown config key 'optim.base_lrr'; did you mean 'base_lr'"),
         (["model.moe.top_k=9"], "moe.top_k=9 is not possible with moe.num_experts=8; use 1 to 8"),
-        (["parallel.ep_size=3"], "parallel.ep_size=3 does not divide model.moe.num_experts=8, nor is it a multiple of it; use one of [1, 2, 4, 8]"),
+        (["parallel.ep_size=3"], "parallel.ep_size=3 does not divide model.moe.num_experts=8, nor is it a multiple"),
         (["parallel.ep_size=2"], "ep_size=2"),
         (["model.img_size=1"], "smaller than one patch"),
         (["model.in_chans=3"], "digits images have 1 channels"),
