@@ -1,7 +1,7 @@
 """Errors that users can act on: each says what was given, what is allowed and what to do.
 
-The command line turns any `SwinMoEError` into one message on stderr and exit status 2; a traceback appears only
-under `--debug`. Programming mistakes stay ordinary `AssertionError`/`TypeError`.
+The command line turns any `SwinMoEError` into one message on stderr and exit status 2 (a `CollectiveError`, which is
+no fault of the command, 1); a traceback appears only under `--debug`. Programming mistakes stay ordinary `AssertionError`/`TypeError`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ class BackendUnavailableError(SwinMoEError, RuntimeError):
 
 class DistributedError(SwinMoEError, RuntimeError):
     """Ranks disagree, or a collective could not finish."""
+
+
+class CollectiveError(DistributedError):
+    """A collective could not finish. As a rule another rank stopped earlier, and its message tells more."""
 
 
 class NonFiniteLossError(SwinMoEError, FloatingPointError):

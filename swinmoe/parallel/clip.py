@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from swinmoe.comm.failure import naming
 from swinmoe.parallel.expert_parameter import is_expert_parameter
 from swinmoe.parallel.mesh import Mesh
 
@@ -43,6 +44,9 @@ def clip_grad_norm(model_or_params: nn.Module | Iterable[Tensor], max_norm: floa
 
     Returns:
         The norm before clipping, () in the widest dtype of the gradients, float32 at least.
+
+    Raises:
+        CollectiveError: the sum failed or timed out.
     """
     parameters = model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params
     with_grad = [p for p in parameters if p.grad is not None]
@@ -60,7 +64,8 @@ def clip_grad_norm(model_or_params: nn.Module | Iterable[Tensor], max_norm: floa
             total = total + _square_sum(dense, total)
         if mesh.replica == 0:
             total = total + _square_sum(experts, total)
-        dist.all_reduce(total)
+        with naming("clipping: summing the gradients' norm"):
+            dist.all_reduce(total)
     norm = total.sqrt()
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from swinmoe.comm.failure import naming
 from swinmoe.parallel.expert_parameter import expert_parameter_names, is_expert_parameter
 from swinmoe.parallel.mesh import Mesh
 
@@ -38,10 +39,11 @@ def wrap_data_parallel(model: nn.Module, mesh: Mesh, accelerator_prepare: Prepar
         return model if prepare is None else prepare(model)
     # DDP reads this attribute of the module it wraps, whoever wraps it.
     model._ddp_params_and_buffers_to_ignore = sorted(expert_parameter_names(model))  # type: ignore[assignment]
-    if prepare is None:
-        wrapped: nn.Module = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    else:
-        wrapped = prepare(model)
+    with naming("comparing the model's parameters over all ranks", amid_other_work=True):
+        if prepare is None:
+            wrapped: nn.Module = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        else:
+            wrapped = prepare(model)
     assert isinstance(wrapped, DistributedDataParallel), f"{type(wrapped).__name__} is not DDP, on {mesh.world} ranks"
     # Routers keep their buffers equal on all ranks themselves, once per optimiser step. The attribute and not the
     # argument: torch 2.14 renames the argument, and Accelerate knows its old name only.
@@ -50,7 +52,6 @@ def wrap_data_parallel(model: nn.Module, mesh: Mesh, accelerator_prepare: Prepar
     return wrapped
 
 
-# Without annotations: DDP compares them with its own types, and here all annotations are strings.
 # Untyped: DDP compares the hook's annotations with its own classes, and here annotations are strings.
 def _sum_bucket(group, bucket):  # type: ignore[no-untyped-def]
     """DDP's communication hook: the default one divides by the number of ranks first."""
@@ -83,14 +84,17 @@ def sync_expert_gradients(model: nn.Module, mesh: Mesh) -> None:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
+    what = "summing experts' gradients over replicas"
     flights = []
     for bucket in _buckets(gradients):
         alone = len(bucket) == 1 and bucket[0].is_contiguous()
         flat = bucket[0] if alone else torch.cat([g.reshape(-1) for g in bucket])
-        flights.append((bucket, flat, alone, dist.all_reduce(flat, group=mesh.replica_group, async_op=True)))
+        with naming(what):
+            flights.append((bucket, flat, alone, dist.all_reduce(flat, group=mesh.replica_group, async_op=True)))
     for bucket, flat, alone, work in flights:
         assert work is not None
-        work.wait()
+        with naming(what):
+            work.wait()
         if not alone:
             for gradient, total in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(total.view_as(gradient))
@@ -111,20 +115,22 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def global_min(tensor: Tensor, mesh: Mesh) -> Tensor:
+def global_min(tensor: Tensor, mesh: Mesh, what: str = "a minimum over all ranks") -> Tensor:
     """The smallest of each element over all ranks; a new tensor (`tensor` itself on one process)."""
     if mesh.world == 1:
         return tensor.detach()
     least = tensor.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    with naming(what):
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
     return least
 
 
 @torch.no_grad()
-def global_sum(tensor: Tensor, mesh: Mesh) -> Tensor:
+def global_sum(tensor: Tensor, mesh: Mesh, what: str = "a sum over all ranks") -> Tensor:
     """The sum of `tensor` over all ranks, without a gradient; a new tensor (`tensor` itself on one process)."""
     if mesh.world == 1:
         return tensor.detach()
     total = tensor.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
+    with naming(what):
+        dist.all_reduce(total)
     return total
