@@ -134,7 +134,7 @@ class MoEConfig:
     shared_expert_ratio: float = 0.0
     """Hidden width, over the dense MLP's, of one more expert that every token visits (0 = none)."""
     dispatcher: str = "ragged"
-    """`ragged` (no padding), `padded` (static shapes), or a name registered with `register_dispatcher`."""
+    """`ragged` (no padding), `padded` (static shapes), `gshard` (dense masks, for comparison), or a registered name."""
 
     def __post_init__(self) -> None:
         check_ranges(
