@@ -1,0 +1,98 @@
+"""What a run is proven on: its own model, losses and mesh, without the draws that two ways of running cannot share.
+
+Shapes: R ranks, b images of a micro-batch over all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from swinmoe.config import RunConfig
+from swinmoe.config.io import with_overrides
+from swinmoe.data import Batch
+from swinmoe.randomness import generator
+
+SILENCED = {
+    "model.drop_rate": 0.0,
+    "model.attn_drop_rate": 0.0,
+    "model.drop_path_rate": 0.0,
+    "model.moe.experts.dropout": 0.0,
+    "parallel.payload": "full",
+}
+"""Keys that the proof sets, and to what: masks are drawn per rank, and a rounded payload is not equal to anything."""
+
+
+def provable(run: RunConfig, *, world: int, steps: int, precision: str) -> tuple[RunConfig, tuple[str, ...]]:
+    """`run` as it is proven, and what had to be changed, as `key=was -> is`.
+
+    The batch is a few images per rank, the rate is at its peak from the first step, and dropout is off.
+    """
+    micro = 3 * world if world > 1 else 4
+    changes: dict[str, Any] = {
+        "schedule": {"warmup_steps": 0},
+        "train": {
+            "steps": steps,
+            "epochs": None,
+            "batch_size": micro * run.train.accumulation,
+            "precision": precision,
+        },
+    }
+    notes = []
+    for key, silent in SILENCED.items():
+        was = _look_up(run, key)
+        if was is not None and was != silent:
+            notes.append(f"{key}={was} -> {silent}")
+            _lay(changes, key, silent)
+    return with_overrides(run, changes), tuple(notes)
+
+
+def _look_up(run: RunConfig, key: str) -> Any:
+    """The value under a dotted key; None where a section on the way is null."""
+    value: Any = run
+    for part in key.split("."):
+        value = None if value is None else getattr(value, part)
+    return value
+
+
+def _lay(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for part in sections:
+        tree = tree.setdefault(part, {})
+    tree[last] = value
+
+
+def shares_of(step: int, micro: int, images: int, world: int) -> list[int]:
+    """How many of a micro-batch's `images` each rank has: equal at even steps, else any split, one rank with none."""
+    if step % 2 == 0 or world == 1:
+        return [images * (rank + 1) // world - images * rank // world for rank in range(world)]
+    draw = generator("verify", "shares", step, micro)
+    idle = (step // 2 + micro) % world
+    cuts = sorted(torch.randint(images + 1, (world - 2,), generator=draw).tolist())
+    filled = [stop - start for start, stop in zip([0, *cuts], [*cuts, images], strict=True)]
+    return [*filled[:idle], 0, *filled[idle:]]
+
+
+def batches_of(run: RunConfig, step: int, device: torch.device) -> Iterator[Batch]:
+    """The micro-batches (b images each, of all ranks) of a step: noise for pictures, any labels."""
+    images = run.train.batch_size // run.train.accumulation
+    dtype = torch.float64 if run.train.precision == "fp64" else torch.float32
+    for micro in range(run.train.accumulation):
+        draw = generator("verify", "images", run.seed, step, micro)
+        pictures = torch.randn(images, run.model.in_chans, *run.model.img_size, generator=draw, dtype=torch.float64)
+        labels = torch.randint(run.model.num_classes, (images,), generator=draw)
+        yield Batch(
+            images=pictures.to(device, dtype),
+            targets=labels.to(device),
+            soft_targets=None,
+            indices=torch.arange(images),
+        )
+
+
+def part_of(batch: Batch, shares: list[int], rank: int) -> Batch:
+    """The images of one rank."""
+    first = sum(shares[:rank])
+    mine = slice(first, first + shares[rank])
+    return Batch(batch.images[mine], batch.targets[mine], None, batch.indices[mine])
