@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from swinmoe.comm.traffic import note
 from swinmoe.errors import DistributedError
 
 Group = dist.ProcessGroup | None
@@ -34,6 +35,8 @@ class _Hop:
         self._flight: tuple[dist.Work, Tensor, Tensor] | None = None
 
     def launch(self, rows: Tensor, sends: list[int], receives: list[int]) -> None:
+        me = self.group.rank()
+        note("all_to_all", self.what, len(sends), (sum(sends) - sends[me]) * rows[:1].nbytes)
         # Gloo needs contiguous memory; gradients of a sum arrive expanded, with strides of zero.
         rows = rows.contiguous()
         received = rows.new_empty((sum(receives), *rows.shape[1:]))

@@ -9,16 +9,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from swinmoe.comm.all_to_all import Group
+from swinmoe.comm.failure import naming
+from swinmoe.comm.traffic import note
 
 # torch 2.14 renames it and warns of the old name, which is the only one before.
 _gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @torch.no_grad()
-def all_gather_rows(x: Tensor, group: Group) -> Tensor:
-    """`x` (n, ...) of all ranks one after another, (G·n, ...) for G ranks; equal shapes everywhere; None = `x`."""
+def all_gather_rows(x: Tensor, group: Group, what: str = "gathering rows") -> Tensor:
+    """`x` (n, ...) of all ranks one after another, (G·n, ...) for G ranks; equal shapes everywhere; None = `x`.
+
+    Raises:
+        CollectiveError: it failed or timed out; names `what`.
+    """
     if group is None:
         return x
+    note("all_gather", what, group.size(), (group.size() - 1) * x.nbytes)
     gathered = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
-    _gather(gathered, x.detach().contiguous(), group=group)
+    with naming(what):
+        _gather(gathered, x.detach().contiguous(), group=group)
     return gathered

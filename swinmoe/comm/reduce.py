@@ -10,26 +10,44 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swinmoe.comm.all_to_all import Group
+from swinmoe.comm.failure import naming
+from swinmoe.comm.traffic import note
 
 
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
         total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
+        with naming(what):
+            dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
 
 
-def all_reduce_sum(x: Tensor, group: Group) -> Tensor:
+def all_reduce_sum(x: Tensor, group: Group, what: str = "summing statistics") -> Tensor:
     """The sum of `x` (any shape and dtype, equal on all ranks) over `group`, differentiable; None = `x` itself.
 
     The backward is the identity. Every rank computes the same loss L(S) from S = Σ_r s_r and holds the gradient
     L'(S)·ds_r of its own share; gradients are *summed* over ranks later, which makes L'(S)·Σ_r ds_r. (The transpose of
     the sum, another sum, would count the loss once per rank.)
+
+    Raises:
+        CollectiveError: it failed or timed out; names `what`.
     """
-    return x if group is None else _SumOverRanks.apply(x, group)
+    return x if group is None else _SumOverRanks.apply(x, group, what)
+
+
+@torch.no_grad()
+def all_reduce_max(x: Tensor, group: Group, what: str = "taking a maximum") -> Tensor:
+    """The largest of each element of `x` over `group`, a new tensor; None = `x` itself."""
+    if group is None:
+        return x
+    note("all_reduce", what, group.size(), 2 * x.nbytes * (group.size() - 1) / group.size())
+    largest = x.clone(memory_format=torch.contiguous_format)
+    with naming(what):
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return largest

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from swinmoe.config import ModelConfig, resolve_style
 from swinmoe.models.attention import WindowAttention, WindowTables
@@ -79,7 +79,10 @@ class SwinBlock(nn.Module):
         x, h = checkpoint(self._attend, x, tables, keep_attn, use_reentrant=False)
         tokens = h.flatten(0, 2)
         *assigned, stats = self.mlp.assign(tokens, self.mlp.draw_noise(tokens.shape[0], tokens.device))
-        return checkpoint(self._carry, self.mlp, x, tokens, assigned, keep_mlp, use_reentrant=False), stats
+        # To its end, though the last values saved for backward come before: no exchange may be left half done.
+        with set_checkpoint_early_stop(False):
+            y = checkpoint(self._carry, self.mlp, x, tokens, assigned, keep_mlp, use_reentrant=False)
+        return y, stats
 
     def _dense(self, x: Tensor, tables: WindowTables, keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
         x, h = self._attend(x, tables, keep_attn)

@@ -5,6 +5,7 @@ Shapes: E experts (global), e experts held here, D width, F hidden width of one 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import ClassVar
 
@@ -39,6 +40,9 @@ class Experts(nn.Module):
     """
 
     activation: ClassVar[Activation]
+    slice_axes: ClassVar[Mapping[str, int]] = {"fc1_weight": 1, "fc1_bias": 1, "fc2_weight": 2, "fc2_bias": 1}
+    """Axis along which each parameter is cut where an expert is sliced over ranks: that of the hidden width, and D for
+    `fc2_bias`, which every slice adds a part of. Experts that cannot be sliced have an empty one."""
     fc1_bias: Tensor | None
     fc2_bias: Tensor | None
 

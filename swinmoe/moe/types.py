@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
@@ -108,7 +108,7 @@ class ExpertWeights:
     fc2: Tensor
     """(e, D, F)."""
     b2: Tensor | None
-    """(e, D); None except on slice 0 of F."""
+    """(e, D); on slices of F a share of it, such that the slices' shares add up."""
 
 
 ExpertFn = Callable[[Tensor, "Tensor | None", ExpertWeights], Tensor]
@@ -127,6 +127,8 @@ class Route:
     """Padded layout: rows per expert and source, agreed between ranks."""
     rows: int | None = None
     """Ragged layout: kept rows of this rank, a by-product of the host copy; None = not known without another."""
+    plan: Any = None
+    """What the execution has derived for its own use, so that recomputation need not derive it again."""
 
 
 class ExpertExecution(Protocol):

@@ -9,7 +9,7 @@ from swinmoe.parallel.data_parallel import (
     unwrap,
     wrap_data_parallel,
 )
-from swinmoe.parallel.expert_parallel import apply_expert_parallel
+from swinmoe.parallel.expert_parallel import apply_expert_parallel, use_exchange
 from swinmoe.parallel.expert_parameter import (
     expert_parameter_names,
     gather_full,
@@ -32,5 +32,6 @@ __all__ = [
     "sync_expert_gradients",
     "take_local",
     "unwrap",
+    "use_exchange",
     "wrap_data_parallel",
 ]

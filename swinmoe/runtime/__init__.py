@@ -3,11 +3,18 @@
 from swinmoe.runtime.accelerator import make_accelerator
 from swinmoe.runtime.agreement import agree
 from swinmoe.runtime.environment import describe_environment
-from swinmoe.runtime.processes import launched_rank, launched_world, start_processes, stop_processes
+from swinmoe.runtime.processes import (
+    launched_local_world,
+    launched_rank,
+    launched_world,
+    start_processes,
+    stop_processes,
+)
 
 __all__ = [
     "agree",
     "describe_environment",
+    "launched_local_world",
     "launched_rank",
     "launched_world",
     "make_accelerator",

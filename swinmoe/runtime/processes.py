@@ -33,6 +33,11 @@ def launched_rank() -> int:
     return _launched("RANK", 0)
 
 
+def launched_local_world() -> int:
+    """Processes that the launcher started for this job on this machine; all of them if it does not say."""
+    return _launched("LOCAL_WORLD_SIZE", launched_world())
+
+
 def start_processes(*, cpu: bool = False, timeout_minutes: float = TIMEOUT_MINUTES) -> None:
     """Join the job's process group: NCCL on GPUs (gloo beside it for host tensors), gloo on CPU.
 

@@ -1,4 +1,4 @@
-"""Pools of two and four gloo processes, started at most once per session."""
+"""Pools of two, four and six gloo processes, started at most once per session."""
 
 from __future__ import annotations
 
@@ -18,5 +18,12 @@ def pool2() -> Iterator[Pool]:
 @pytest.fixture(scope="session")
 def pool4() -> Iterator[Pool]:
     pool = Pool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def pool6() -> Iterator[Pool]:
+    pool = Pool(6)
     yield pool
     pool.close()

@@ -6,16 +6,14 @@ The oracle holds all experts, runs in the same process, and sees the tokens of a
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from pool import Pool
 from torch import Tensor
 
-import swinmoe.parallel.execution
+from swinmoe.comm import all_gather_rows, listen
 from swinmoe.config import (
     BalanceLossConfig,
     CapacityConfig,
@@ -35,12 +33,14 @@ from swinmoe.parallel import (
     make_mesh,
     sync_expert_gradients,
     take_local,
+    use_exchange,
 )
 
 pytestmark = pytest.mark.distributed
 
-DIM, HIDDEN = 6, 10
+DIM, HIDDEN = 12, 24
 TOLERANCE = 1e-10
+SPREAD = ParallelConfig(ep_size=2)
 LOSSES: dict[str, Any] = {"gshard": 0.3, "importance": 0.2, "z": 0.1}
 
 
@@ -68,9 +68,9 @@ def task_loss(x: Tensor, y: Tensor) -> Tensor:
     return (y * (x.detach().flip(-1) + 0.5).square()).sum()
 
 
-def compare_with_oracle(cfg: MoEConfig, counts: list[int], ep_size: int) -> dict[str, float]:
+def compare_with_oracle(cfg: MoEConfig, counts: list[int], parallel: ParallelConfig) -> dict[str, float]:
     """Largest differences, each over the oracle's largest value (at least 1)."""
-    mesh = make_mesh(ParallelConfig(ep_size=ep_size), cfg.num_experts)
+    mesh = make_mesh(parallel, cfg.num_experts)
     oracle = make_layer(cfg)
     spread = copy.deepcopy(oracle)
     apply_expert_parallel(spread, mesh)
@@ -107,7 +107,9 @@ def compare_with_oracle(cfg: MoEConfig, counts: list[int], ep_size: int) -> dict
     own = reports[0] if together else reports[mesh.rank]
     result["balance loss"] = difference(report.loss, own.loss)
     names = expert_parameter_names(spread)
-    assert names == ({n for n, _ in oracle.named_parameters() if n.startswith("experts.")} if ep_size > 1 else set())
+    assert names == (
+        {n for n, _ in oracle.named_parameters() if n.startswith("experts.")} if mesh.ep_size > 1 else set()
+    )
     for (name, found), (_, expected) in zip(spread.named_parameters(), oracle.named_parameters(), strict=True):
         assert found.grad is not None and expected.grad is not None, name
         gradient = found.grad if name in names else global_sum(found.grad, mesh)
@@ -133,7 +135,7 @@ def check(results: list[dict[str, float]], drops: bool = False) -> None:
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("counts", [[7, 12], [0, 9], [0, 0], [1, 1]])
 def test_dropless_equals_one_process(pool2: Pool, layout: str, top_k: int, counts: list[int]) -> None:
-    check(pool2.run(compare_with_oracle, config(dispatcher=layout, top_k=top_k), counts, 2))
+    check(pool2.run(compare_with_oracle, config(dispatcher=layout, top_k=top_k), counts, SPREAD))
 
 
 @pytest.mark.parametrize("layout", ["ragged", "padded"])
@@ -149,14 +151,14 @@ def test_drops_are_those_of_each_rank_alone(pool2: Pool, layout: str, prioritize
         losses=BalanceLossConfig(batch="local", **LOSSES),
     )
     # Token counts differ, and with them capacities: the padded layout has to agree on the larger buffer.
-    check(pool2.run(compare_with_oracle, cfg, [9, 16], 2), drops=True)
+    check(pool2.run(compare_with_oracle, cfg, [9, 16], SPREAD), drops=True)
 
 
 @pytest.mark.parametrize("layout", ["ragged", "padded"])
 @pytest.mark.parametrize("ep_size", [1, 2, 4])
 def test_four_ranks_in_every_mesh(pool4: Pool, layout: str, ep_size: int) -> None:
     cfg = config(num_experts=8, dispatcher=layout, top_k=2)
-    check(pool4.run(compare_with_oracle, cfg, [5, 0, 8, 3], ep_size))
+    check(pool4.run(compare_with_oracle, cfg, [5, 0, 8, 3], ParallelConfig(ep_size=ep_size)))
 
 
 @pytest.mark.parametrize("expert", ["gelu", "swiglu"])
@@ -167,44 +169,177 @@ def test_other_layers_spread_too(pool2: Pool, expert: str) -> None:
         shared_expert_ratio=0.5,
         top_k=2,
     )
-    check(pool2.run(compare_with_oracle, cfg, [6, 5], 2))
+    check(pool2.run(compare_with_oracle, cfg, [6, 5], SPREAD))
 
 
-def traffic(layout: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Collectives of one forward and one backward pass."""
-    cfg = config(dispatcher=layout, losses=BalanceLossConfig())
+WAYS = {
+    "sliced": (2, ParallelConfig(ep_size=4)),
+    "one expert in four slices": (1, ParallelConfig(ep_size=4)),
+    "weights": (8, ParallelConfig(ep_size=4, weight_group=4)),
+    "weights, sliced": (2, ParallelConfig(ep_size=4, weight_group=4)),
+    "weights, replicas": (4, ParallelConfig(ep_size=2, weight_group=2)),
+    "both": (8, ParallelConfig(ep_size=4, weight_group=2)),
+    "both, whole experts of slices": (2, ParallelConfig(ep_size=4, weight_group=2)),
+    "both, larger slices": (1, ParallelConfig(ep_size=4, weight_group=2)),
+    "2dh": (8, ParallelConfig(ep_size=4, exchange="2dh", local_size=2)),
+    "2dh, sliced": (2, ParallelConfig(ep_size=4, exchange="2dh", local_size=2)),
+    "2dh of one node": (8, ParallelConfig(ep_size=4, exchange="2dh", local_size=4)),
+    "2dh of single ranks": (8, ParallelConfig(ep_size=4, exchange="2dh", local_size=1)),
+    "2dh over the launcher's nodes": (8, ParallelConfig(ep_size=4, exchange="2dh")),
+    "chunks of experts": (8, ParallelConfig(ep_size=4, chunks=2)),
+    "chunks of rows": (8, ParallelConfig(ep_size=4, chunks=3)),
+    "chunks, sliced": (2, ParallelConfig(ep_size=4, chunks=2)),
+    "chunks, replicas": (4, ParallelConfig(ep_size=2, chunks=2)),
+    "chunks, 2dh, both": (8, ParallelConfig(ep_size=4, exchange="2dh", local_size=2, weight_group=2, chunks=2)),
+    "chunks, 2dh": (8, ParallelConfig(ep_size=4, exchange="2dh", local_size=2, chunks=4)),
+}
+
+
+@pytest.mark.parametrize("layout", ["ragged", "padded"])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_travel(pool4: Pool, way: str, layout: str) -> None:
+    num_experts, parallel = WAYS[way]
+    cfg = config(num_experts=num_experts, dispatcher=layout, top_k=min(2, num_experts))
+    check(pool4.run(compare_with_oracle, cfg, [5, 0, 8, 3], parallel))
+
+
+@pytest.mark.parametrize(("nodes", "local_size"), [(2, 3), (3, 2)])
+@pytest.mark.parametrize("layout", ["ragged", "padded"])
+@pytest.mark.parametrize("num_experts", [12, 2])
+def test_node_shapes_in_which_swapped_axes_show(
+    pool6: Pool, nodes: int, local_size: int, layout: str, num_experts: int
+) -> None:
+    parallel = ParallelConfig(ep_size=nodes * local_size, exchange="2dh", local_size=local_size, chunks=2)
+    cfg = config(num_experts=num_experts, dispatcher=layout, top_k=2)
+    check(pool6.run(compare_with_oracle, cfg, [5, 0, 8, 3, 1, 4], parallel))
+
+
+def switched() -> float:
+    """One spread layer, its exchange changed between passes: largest difference of outputs and expert gradients."""
+    mesh = make_mesh(ParallelConfig(ep_size=4), 8)
+    layer = make_layer(config(num_experts=8, top_k=2))
+    apply_expert_parallel(layer, mesh)
+    places = {name: parameter.data_ptr() for name, parameter in layer.named_parameters()}
+    x = tokens_of_all([5, 0, 8, 3])[mesh.rank]
+    seen = []
+    for way in (
+        mesh.config,
+        *(parallel for experts, parallel in WAYS.values() if (experts, parallel.ep_size) == (8, 4)),
+    ):
+        use_exchange(layer, mesh, way)
+        layer.zero_grad()
+        y, _ = layer(x)
+        task_loss(x, y).backward()
+        seen.append([y.detach(), *(p.grad for n, p in layer.named_parameters() if n.startswith("experts."))])
+    assert places == {name: parameter.data_ptr() for name, parameter in layer.named_parameters()}
+    assert len(seen) > 5
+    return max(float((a - b).abs().max()) for way in seen for a, b in zip(way, seen[0], strict=True) if a.numel())
+
+
+def test_the_exchange_changes_between_steps(pool4: Pool) -> None:
+    assert max(pool4.run(switched)) <= TOLERANCE
+
+
+def rounded() -> float:
+    """Relative error of a layer whose travelling rows are rounded to bfloat16."""
+    layer = make_layer(config(losses=BalanceLossConfig()))
+    mesh = make_mesh(ParallelConfig(ep_size=2, payload="bf16"), 4)
+    x = tokens_of_all([7, 5])[mesh.rank]
+    expected, _ = layer(x)
+    apply_expert_parallel(layer, mesh)
+    y, _ = layer(x)
+    assert y.dtype == torch.float64
+    return float((y - expected).detach().abs().max() / expected.detach().abs().max())
+
+
+def test_a_light_payload_rounds_and_does_no_more(pool2: Pool) -> None:
+    for error in pool2.run(rounded):
+        assert 1e-4 < error < 2**-6
+
+
+def traffic(layout: str, num_experts: int, parallel: ParallelConfig, counts: list[int]) -> dict[str, Any]:
+    """Messages of one forward and one backward pass, and the closed form of what they should be."""
+    cfg = config(num_experts=num_experts, dispatcher=layout, top_k=min(2, num_experts), losses=BalanceLossConfig())
     layer = make_layer(cfg)
-    apply_expert_parallel(layer, make_mesh(ParallelConfig(ep_size=2), 4))
-    calls: Counter[str] = Counter()
-
-    def counting(owner: Any, name: str) -> Any:
-        genuine = getattr(owner, name)
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            calls[name] += 1
-            return genuine(*arguments, **options)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name in (
-            (dist, "all_to_all_single"),
-            (dist, "all_reduce"),
-            (swinmoe.parallel.execution, "all_gather_rows"),
-        ):
-            patch.setattr(owner, name, counting(owner, name))
-        y, _ = layer(tokens_of_all([5, 3])[dist.get_rank()].requires_grad_())
-        forward = dict(calls)
-        calls.clear()
+    mesh = make_mesh(parallel, num_experts)
+    apply_expert_parallel(layer, mesh)
+    x = tokens_of_all(counts)[mesh.rank].requires_grad_()
+    weights = sum(p.nbytes for p in layer.experts.parameters())
+    with listen() as forward:
+        y, stats = layer(x)
+    with listen() as backward:
         y.sum().backward()
-    return forward, dict(calls)
+    # What the ranks told each other, found out once more in another way.
+    matrix = all_gather_rows(stats.kept, mesh.ep_group).view(mesh.ep_size, -1)
+    if layout == "padded":
+        matrix = torch.full_like(matrix, int(matrix.max()))
+    return {
+        "forward": [(m.operation, m.bytes) for m in forward],
+        "backward": [(m.operation, m.bytes) for m in backward],
+        "matrix": matrix,
+        "rank": mesh.ep_rank,
+        "weights": weights,
+    }
 
 
-@pytest.mark.parametrize(("layout", "metadata"), [("ragged", "all_gather_rows"), ("padded", "all_reduce")])
-def test_a_layer_costs_one_metadata_call_and_two_exchanges_each_way(pool2: Pool, layout: str, metadata: str) -> None:
-    for forward, backward in pool2.run(traffic, layout):
-        assert forward == {metadata: 1, "all_to_all_single": 2}
-        assert backward == {"all_to_all_single": 2}
+def remote_rows(matrix: Tensor, rank: int, size: int) -> tuple[Tensor, Tensor]:
+    """(E,) rows of `rank` that go to each expert, and (copies, E) the rank that each copy of them goes to."""
+    experts = matrix.shape[1]
+    copies = max(1, size // experts)
+    owners = torch.arange(experts) * copies if copies > 1 else torch.arange(experts) // (experts // size)
+    return matrix[rank], owners + torch.arange(copies).unsqueeze(1)
+
+
+@pytest.mark.parametrize("layout", ["ragged", "padded"])
+@pytest.mark.parametrize(("num_experts", "chunks"), [(8, 1), (8, 2), (2, 1), (2, 3)])
+def test_a_flat_exchange_sends_remote_rows_and_nothing_else(
+    pool4: Pool, layout: str, num_experts: int, chunks: int
+) -> None:
+    """One message of metadata, 2·C exchanges forward, 2·C backward; Σ over other ranks of rows·D·8 bytes each way."""
+    for seen in pool4.run(traffic, layout, num_experts, ParallelConfig(ep_size=4, chunks=chunks), [5, 0, 8, 3]):
+        rank, matrix = seen["rank"], seen["matrix"]
+        rows, owners = remote_rows(matrix, rank, 4)
+        out = int((rows * (owners != rank)).sum()) * DIM * 8
+        # Rows of other ranks that were here go home.
+        home = (
+            sum(int((remote_rows(matrix, s, 4)[0] * (owners == rank)).sum()) for s in range(4) if s != rank) * DIM * 8
+        )
+        if layout == "padded" and num_experts == 8:
+            assert out == home == matrix.numel() // 4 * int(matrix[0, 0]) * DIM * 8 * 3 // 4  # E·C·D·b·(W-1)/W
+        metadata, *exchanges = seen["forward"]
+        assert metadata == (("all_gather", 3 * num_experts * 8) if layout == "ragged" else ("all_reduce", 12.0))
+        for way in (exchanges, seen["backward"]):
+            assert [operation for operation, _ in way] == ["all_to_all"] * 2 * chunks
+            assert sum(sent for _, sent in way) == out + home
+
+
+@pytest.mark.parametrize("layout", ["ragged", "padded"])
+@pytest.mark.parametrize("num_experts", [12, 2])
+@pytest.mark.parametrize("local_size", [2, 3])
+def test_two_stages_send_rows_that_change_local_rank_plus_rows_that_change_node(
+    pool6: Pool, layout: str, num_experts: int, local_size: int
+) -> None:
+    parallel = ParallelConfig(ep_size=6, exchange="2dh", local_size=local_size)
+    results = pool6.run(traffic, layout, num_experts, parallel, [5, 0, 8, 3, 1, 4])
+    moved = 0
+    for seen in results:
+        rows, owners = remote_rows(seen["matrix"], seen["rank"], 6)
+        moved += int((rows * (owners % local_size != seen["rank"] % local_size)).sum())
+        moved += int((rows * (owners // local_size != seen["rank"] // local_size)).sum())
+        assert [operation for operation, _ in seen["forward"][1:]] == ["all_to_all"] * 4
+        assert [operation for operation, _ in seen["backward"]] == ["all_to_all"] * 4
+    # A rank also passes on what its neighbours send, so only the sum over ranks has a simple form.
+    for way in ([s["forward"][1:] for s in results], [s["backward"] for s in results]):
+        assert sum(sent for messages in way for _, sent in messages) == 2 * moved * DIM * 8
+
+
+@pytest.mark.parametrize("layout", ["ragged", "padded"])
+@pytest.mark.parametrize("num_experts", [8, 2])
+def test_travelling_weights_are_sent_once_each_way(pool4: Pool, layout: str, num_experts: int) -> None:
+    parallel = ParallelConfig(ep_size=4, weight_group=4)
+    for seen in pool4.run(traffic, layout, num_experts, parallel, [5, 0, 8, 3]):
+        assert seen["forward"] == [("all_gather", 3 * seen["weights"])]
+        assert seen["backward"] == [("reduce_scatter", 3 * seen["weights"])]
 
 
 def copied_layer() -> bool:
@@ -232,6 +367,10 @@ def refusals() -> list[str]:
         lambda: make_mesh(ParallelConfig(ep_size=4), 8),
         lambda: apply_expert_parallel(layer, mesh),
         lambda: apply_expert_parallel(make_layer(config(num_experts=5)), mesh),
+        lambda: apply_expert_parallel(
+            make_layer(config(num_experts=1, experts=ExpertConfig(hidden_ratio=0.875))), mesh
+        ),
+        lambda: use_exchange(layer, mesh, ParallelConfig(ep_size=1)),
     ):
         try:
             attempt()
@@ -241,7 +380,9 @@ def refusals() -> list[str]:
 
 
 def test_what_does_not_divide_is_refused(pool2: Pool) -> None:
-    for processes, twice, experts in pool2.run(refusals):
+    for processes, twice, experts, width, move in pool2.run(refusals):
         assert "ep_size=4 does not divide the number of processes 2; use one of [1, 2]" in processes
         assert "spread over processes already" in twice
-        assert "does not divide the 5 experts of layer" in experts
+        assert "ep_size=2 does not divide the experts of layer ''=5" in experts
+        assert "fc1_weight has 21 along its axis 1, which cannot be cut into 2 equal slices" in width
+        assert "ep_size=1 would move experts" in move

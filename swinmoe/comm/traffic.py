@@ -1,0 +1,50 @@
+"""What this rank sends to others: every message of `swinmoe.comm`, counted while someone listens.
+
+    with listen() as sent:
+        y, _ = layer(x)
+    sum(message.bytes for message in sent)
+
+Bytes are those that leave this rank for other ranks, by the collective's own arithmetic: rows that stay do not count; a
+gather sends a share to each of the G - 1 others; a reduce-scatter sends each of them its share; an all-reduce counts as
+a reduce-scatter and a gather, 2·(G - 1)/G of its tensor. What a backend adds to that is not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Message:
+    """One collective call."""
+
+    operation: str
+    """`all_to_all`, `all_gather`, `reduce_scatter` or `all_reduce`."""
+    what: str
+    """What it was for."""
+    ranks: int
+    """Ranks in its group."""
+    bytes: float
+    """Sent to other ranks."""
+
+
+_listeners: list[list[Message]] = []
+
+
+@contextmanager
+def listen() -> Iterator[list[Message]]:
+    """A list that fills with this process's messages, forward and backward, until the block ends."""
+    heard: list[Message] = []
+    _listeners.append(heard)
+    try:
+        yield heard
+    finally:
+        _listeners.remove(heard)
+
+
+def note(operation: str, what: str, ranks: int, sent: float) -> None:
+    """Tell the listeners; costs nothing where there is none."""
+    for heard in _listeners:
+        heard.append(Message(operation, what, ranks, sent))
