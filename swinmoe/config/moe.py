@@ -134,7 +134,9 @@ class MoEConfig:
     shared_expert_ratio: float = 0.0
     """Hidden width, over the dense MLP's, of one more expert that every token visits (0 = none)."""
     dispatcher: str = "ragged"
-    """`ragged` (no padding), `padded` (static shapes), `gshard` (dense masks, for comparison), or a registered name."""
+    """`ragged` (rows back to back, no padding), `padded` (static shapes), `tutel` (padded, by Tutel's kernels),
+    `gshard` (padded, by dense masks: oracle and baseline), `auto` (one of the first three, and says which), or a
+    registered name. All give the same numbers."""
 
     def __post_init__(self) -> None:
         check_ranges(

@@ -14,7 +14,7 @@ from swinmoe.config.moe import MoEConfig
 from swinmoe.errors import RoutingError
 from swinmoe.moe import dispatch, dispatchers, experts, losses, routers
 from swinmoe.moe.capacity import capacity
-from swinmoe.moe.dispatchers import Dispatcher
+from swinmoe.moe.dispatchers import Dispatcher, choose
 from swinmoe.moe.execution import LocalExecution
 from swinmoe.moe.registry import DISPATCHERS, EXPERTS, ROUTERS
 from swinmoe.moe.routers import Router
@@ -182,5 +182,10 @@ class MoEMlp(nn.Module):
         self.router.update_bias(routed)
 
     def extra_repr(self) -> str:
-        """Choices, for `print(model)`."""
-        return f"num_experts={self.num_experts}, top_k={self.top_k}, dispatcher={self.cfg.dispatcher!r}"
+        """Choices, for `print(model)`; of `auto`, what it takes where the weights now are."""
+        dispatcher = repr(self.cfg.dispatcher)
+        if self.cfg.dispatcher == "auto":
+            weight, policy = next(self.parameters()), self.cfg.capacity
+            picked, reason = choose(weight.device, weight.dtype, (policy.train if self.training else policy.eval).kind)
+            dispatcher += f" -> {picked!r} ({reason})"
+        return f"num_experts={self.num_experts}, top_k={self.top_k}, dispatcher={dispatcher}"
