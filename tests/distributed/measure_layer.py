@@ -1,0 +1,161 @@
+"""Time of an expert-parallel layer's step beside its peers: a measurement to run by hand, not a test.
+
+    torchrun --nproc-per-node 2 tests/distributed/measure_layer.py [--rounds 31]
+
+Every arm trains one step (forward and backward) on the same tokens, one thread a process; arms take turns in a round,
+ranks meet before each step, and a step lasts as long as its slowest rank. Balance is forced: the gate sends token t to
+expert t mod E. Tutel's layer takes part where it is installed. Rank 0 prints JSON: medians in ms, and what they are
+over the dense MLP's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swinmoe.config import BalanceLossConfig, CapacityConfig, CapacityPolicy, MoEConfig, ParallelConfig
+from swinmoe.moe import MoEMlp
+from swinmoe.parallel import Mesh, apply_expert_parallel, make_mesh
+from swinmoe.runtime import start_processes, stop_processes
+
+Step = Callable[[], None]
+
+
+def step_of(module: nn.Module, x: Tensor, slope: Tensor) -> Step:
+    def step() -> None:
+        module.zero_grad(set_to_none=False)
+        y = module(x)
+        (y[0] if isinstance(y, tuple) else y).backward(slope)
+
+    return step
+
+
+def force_balance(gate: Tensor) -> None:
+    """Gate (E, D): expert e looks at feature e alone."""
+    with torch.no_grad():
+        gate.zero_()
+        gate[:, : len(gate)] = torch.eye(len(gate))
+
+
+def ours(args: argparse.Namespace, mesh: Mesh, **changes: Any) -> MoEMlp:
+    fixed = CapacityPolicy(kind="fixed", factor=1.0)
+    cfg = MoEConfig(
+        num_experts=args.experts,
+        dispatcher=changes.pop("dispatcher", "ragged"),
+        losses=BalanceLossConfig(gshard=0.01, batch="local"),
+        capacity=CapacityConfig(train=fixed, eval=fixed) if changes.pop("fixed", False) else CapacityConfig(),
+    )
+    layer = MoEMlp(cfg, dim=args.dim, hidden_dim=args.hidden)
+    force_balance(layer.router.weight)
+    parallel = ParallelConfig(ep_size=mesh.world, **changes)
+    apply_expert_parallel(layer, make_mesh(parallel, args.experts))
+    return layer
+
+
+def experts_alone(args: argparse.Namespace, layer: MoEMlp, world: int) -> Step:
+    """What the layer's experts do, with the rows already there."""
+    per_source = args.tokens // args.experts
+    segments = torch.full((world, args.experts // world), per_source)
+    rows = torch.randn(int(segments.sum()), args.dim, requires_grad=True)
+    slope = torch.randn_like(rows)
+
+    def step() -> None:
+        layer.zero_grad(set_to_none=False)
+        layer.experts.function(True)(rows, segments, layer.experts.weights()).backward(slope)
+
+    return step
+
+
+def tutel_layer(args: argparse.Namespace, world: int) -> nn.Module | None:
+    try:
+        from tutel import moe as tutel_moe
+    except ImportError:
+        return None
+    layer: nn.Module = tutel_moe.moe_layer(
+        gate_type={"type": "top", "k": 1, "capacity_factor": 1.0, "fp32_gate": True},
+        model_dim=args.dim,
+        experts={
+            "num_experts_per_device": args.experts // world,
+            "type": "ffn",
+            "hidden_size_per_expert": args.hidden,
+            "activation_fn": F.gelu,
+        },
+        is_gshard_loss=True,
+        normalize_gate=False,
+    )
+    force_balance(layer.gates[0].wg.weight)
+    return layer
+
+
+def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each step in each round, as long as the slowest rank's."""
+    for step in steps.values():
+        step()
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds):
+        for name in list(steps) if turn % 2 == 0 else reversed(list(steps)):
+            dist.barrier()
+            start = time.perf_counter()
+            steps[name]()
+            took = torch.tensor(time.perf_counter() - start)
+            dist.all_reduce(took, dist.ReduceOp.MAX)
+            seconds[name].append(1000 * float(took))
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {"tokens": 2304, "dim": 384, "hidden": 1536, "experts": 8, "rounds": 31}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    start_processes(cpu=True)
+    world = dist.get_world_size()
+    mesh = make_mesh(ParallelConfig(ep_size=world), args.experts)
+    x = torch.randn(args.tokens, args.dim) * 0.1
+    x[torch.arange(args.tokens), torch.arange(args.tokens) % args.experts] += 3
+    x.requires_grad_()
+    slope = torch.randn(args.tokens, args.dim)
+    dense = nn.Sequential(nn.Linear(args.dim, args.hidden), nn.GELU(), nn.Linear(args.hidden, args.dim))
+    layer = ours(args, mesh)
+    steps = {
+        "dense MLP": step_of(dense, x, slope),
+        "experts alone": experts_alone(args, layer, world),
+        "ragged": step_of(layer, x, slope),
+        "padded": step_of(ours(args, mesh, dispatcher="padded", fixed=True), x, slope),
+        "ragged, 2 chunks": step_of(ours(args, mesh, chunks=2), x, slope),
+        "weights travel": step_of(ours(args, mesh, weight_group=world), x, slope),
+    }
+    _, stats = layer(x)
+    assert set(stats.routed.tolist()) == {args.tokens // args.experts}, "balance was meant to be forced"
+    peer = tutel_layer(args, world)
+    if peer is not None:
+        steps["tutel"] = step_of(peer, x, slope)
+    taken = measure(steps, args.rounds)
+    if dist.get_rank() == 0:
+        medians = {name: statistics.median(values) for name, values in taken.items()}
+        report = {
+            "shapes": vars(args) | {"processes": world},
+            "ms": {name: round(value, 2) for name, value in medians.items()},
+            "over dense": {name: round(value / medians["dense MLP"], 3) for name, value in medians.items()},
+            "outside experts": round(1 - medians["experts alone"] / medians["ragged"], 3),
+        }
+        if peer is not None:
+            report["over tutel"] = {name: round(value / medians["tutel"], 3) for name, value in medians.items()}
+        print(json.dumps(report, indent=1))
+    stop_processes()
+
+
+if __name__ == "__main__":
+    main()
