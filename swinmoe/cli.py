@@ -1,12 +1,14 @@
 """The command line: argv -> (command, typed config) -> run.
 
 Exit status: 0 done; 2 what the user can mend, in one message (a config, a file, a full disk); 1 anything else that went
-wrong; 130 interrupted. Tracebacks are shown with `--debug` only.
+wrong, another rank's end too; 130 interrupted. Of several processes, one prints what they all have to say. Tracebacks
+are shown with `--debug` only.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Annotated, Any, Never
 import typer
 from typer.core import TyperGroup
 
-from swinmoe.errors import SwinMoEError
+from swinmoe.errors import CollectiveError, SwinMoEError
 from swinmoe.version import __version__
 
 
@@ -100,6 +102,30 @@ def models(contains: Annotated[str, typer.Argument(help="Only names that contain
     command.run(contains)
 
 
+verify_app = typer.Typer(help="Prove that results do not depend on how they were computed.", no_args_is_help=True)
+app.add_typer(verify_app, name="verify")
+
+
+@verify_app.command("parallel")
+def verify_parallel(
+    config: Config,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option("--steps", help="Optimiser steps.")] = 10,
+    processes: Annotated[
+        int | None, typer.Option("--processes", help="Start so many on this machine's CPU; or use a launcher.")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    full_size: Annotated[bool, typer.Option("--full-size", help="The config's own model, not a small one.")] = False,
+) -> None:
+    """Train a few steps on several processes and on one, and compare every gradient. Exit status 1: they differ."""
+    from swinmoe.commands import verify as command
+
+    status = command.run(
+        config, overrides or [], steps=steps, processes=processes, json_path=json_path, full_size=full_size
+    )
+    raise typer.Exit(status)
+
+
 def main() -> None:
     """Entry point of the `swinmoe` command."""
     argv = sys.argv[1:]
@@ -116,6 +142,8 @@ def explain(error: BaseException) -> tuple[int, str]:
     """Exit status and message for whatever ended a command."""
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
+    if isinstance(error, CollectiveError):
+        return 1, str(error)
     if isinstance(error, SwinMoEError):
         return 2, str(error)
     if isinstance(error, OSError):
@@ -145,7 +173,14 @@ def _fail(error: BaseException, *, debug: bool) -> Never:
     status, message = explain(error)
     if debug:
         traceback.print_exception(error)
-    sys.stderr.write(f"swinmoe: {message}\n")
+    if os.environ.get("RANK"):
+        from swinmoe.runtime import last_word
+
+        said = last_word(message, consequence=isinstance(error, CollectiveError), interrupted=status == 130)
+    else:
+        said = message
+    if said is not None:
+        sys.stderr.write(f"swinmoe: {said}\n")
     sys.exit(status)
 
 

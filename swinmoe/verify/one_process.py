@@ -57,6 +57,7 @@ class OneProcess:
         self.run = run
         self.model = model
         install(model)
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.objective = Classification(label_smoothing=run.train.label_smoothing)
         self.optimizer = make_optimizer(model, run.optim)
         self.average: Tensors = {}
@@ -78,14 +79,13 @@ class OneProcess:
             for name, stats in result.routing.items():
                 routed[name] = routed.get(name, 0) + stats.routed
                 kept[name] = kept.get(name, 0) + stats.kept
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         gradients = {
-            name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for name, p in trained.items()
+            name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for name, p in self.trained.items()
         }
         norm = float(torch.cat([g.flatten() for g in gradients.values()]).norm())
         limit = run.optim.clip_grad_norm
         factor = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
-        for name, parameter in trained.items():
+        for name, parameter in self.trained.items():
             parameter.grad = gradients[name] * factor
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -103,7 +103,7 @@ class OneProcess:
                 bias += rate * torch.sign(load.mean() - load)
         decay = self.run.train.ema_decay
         if decay is not None:
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in self.trained.items():
                 before = self.average.get(name)
                 new = parameter.detach()
                 self.average[name] = new.clone() if before is None else decay * before + (1 - decay) * new

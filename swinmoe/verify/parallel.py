@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,7 +74,6 @@ def verify_parallel(
         if on_step is not None:
             on_step(step + 1)
     witness.compare_end(reference)
-    accelerator.free_memory()  # it keeps every model it has prepared
     name = str(dtype).removeprefix("torch.")
     return witness.proof(
         steps=steps,
@@ -115,7 +114,8 @@ class _Witness:
 
     def __init__(self, arm: Arm) -> None:
         self.arm, self.mesh = arm, arm.mesh
-        self.names = [name for name, p in arm.raw.named_parameters() if p.requires_grad]
+        self.trained = {name: p for name, p in arm.raw.named_parameters() if p.requires_grad}
+        self.names = list(self.trained)
         averaged = [f"average/{name}" for name in self.names] if arm.average is not None else []
         self.end_names = [*self.names, *averaged]
         self._before_update: Tensors = {}
@@ -129,16 +129,13 @@ class _Witness:
 
     def _note_gradients(self, *_: Any) -> None:
         """Just before the optimiser uses them: later they are zeros."""
-        for name, parameter in self._trained():
+        for name, parameter in self.trained.items():
             assert parameter.grad is not None, name
             self._before_update[name] = parameter.grad.detach().clone()
 
-    def _trained(self) -> Iterable[tuple[str, Tensor]]:
-        return ((name, p) for name, p in self.arm.raw.named_parameters() if p.requires_grad)
-
     def gradients(self) -> Tensors:
         """The last step's whole gradients, clipped; a collective call."""
-        return {name: gather_full(self._before_update[name], p, self.mesh) for name, p in self._trained()}
+        return {name: gather_full(self._before_update[name], p, self.mesh) for name, p in self.trained.items()}
 
     def compare(self, expected: Step, log: dict[str, Any], gradients: Tensors) -> None:
         """Hold the step just taken against the reference's."""
@@ -161,7 +158,7 @@ class _Witness:
     def check_shared(self, gradients: Tensors) -> None:
         """Bit-equality of what ranks share; a collective call."""
         dense, experts = hashlib.sha256(), hashlib.sha256()
-        for name, parameter in self._trained():
+        for name, parameter in self.trained.items():
             kind = experts if is_expert_parameter(parameter) else dense
             for tensor in (parameter, self._before_update[name]):
                 kind.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -178,12 +175,13 @@ class _Witness:
     def compare_end(self, reference: OneProcess | None) -> None:
         """Hold parameters, and their average, against the reference's; a collective call."""
         found: Tensors = {}
-        for name, parameter in self._trained():
+        for name, parameter in self.trained.items():
             found[name] = gather_full(parameter.detach(), parameter, self.mesh)
         if self.arm.average is not None:
             averaged = dict(self.arm.evaluated().named_parameters())
-            for name, _ in self._trained():
-                found[f"average/{name}"] = gather_full(averaged[name].detach(), averaged[name], self.mesh)
+            for name in self.names:
+                own = averaged[name]
+                found[f"average/{name}"] = gather_full(own.detach(), own, self.mesh)
         if reference is None:
             return
         expected = {name: p.detach() for name, p in reference.model.named_parameters()}

@@ -6,12 +6,12 @@ Shapes: R ranks, b images of a micro-batch over all ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from swinmoe.config import RunConfig
-from swinmoe.config.io import with_overrides
 from swinmoe.data import Batch
 from swinmoe.randomness import generator
 
@@ -23,56 +23,62 @@ SILENCED = {
     "parallel.payload": "full",
 }
 """Keys that the proof sets, and to what: masks are drawn per rank, and a rounded payload is not equal to anything."""
+CLIP = 0.1
+"""A bound that every gradient of the proof exceeds, for runs that clip: clipping that never acts is not proven."""
 
 
 def provable(run: RunConfig, *, world: int, steps: int, precision: str) -> tuple[RunConfig, tuple[str, ...]]:
     """`run` as it is proven, and what had to be changed, as `key=was -> is`.
 
-    The batch is a few images per rank, the rate is at its peak from the first step, and dropout is off.
+    The batch is a few images per rank, the rate is at its peak from the first step, dropout is off, and clipping acts.
     """
     micro = 3 * world if world > 1 else 4
-    changes: dict[str, Any] = {
-        "schedule": {"warmup_steps": 0},
-        "train": {
-            "steps": steps,
-            "epochs": None,
-            "batch_size": micro * run.train.accumulation,
-            "precision": precision,
-        },
+    wanted: dict[str, Any] = {
+        "schedule.warmup_steps": 0,
+        "train.steps": steps,
+        "train.epochs": None,
+        "train.batch_size": micro * run.train.accumulation,
+        "train.precision": precision,
     }
     notes = []
     for key, silent in SILENCED.items():
         was = _look_up(run, key)
         if was is not None and was != silent:
             notes.append(f"{key}={was} -> {silent}")
-            _lay(changes, key, silent)
-    return with_overrides(run, changes), tuple(notes)
+            wanted[key] = silent
+    limit = run.optim.clip_grad_norm
+    if limit is not None and limit > CLIP:
+        notes.append(f"optim.clip_grad_norm={limit} -> {CLIP}")
+        wanted["optim.clip_grad_norm"] = CLIP
+    for key, value in wanted.items():
+        run = _with(run, key, value)
+    return run, tuple(notes)
 
 
-def _look_up(run: RunConfig, key: str) -> Any:
+def _look_up(config: Any, key: str) -> Any:
     """The value under a dotted key; None where a section on the way is null."""
-    value: Any = run
     for part in key.split("."):
-        value = None if value is None else getattr(value, part)
-    return value
+        config = None if config is None else getattr(config, part)
+    return config
 
 
-def _lay(tree: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
-    for part in sections:
-        tree = tree.setdefault(part, {})
-    tree[last] = value
+def _with(config: Any, key: str, value: Any) -> Any:
+    head, _, rest = key.partition(".")
+    return replace(config, **{head: _with(getattr(config, head), rest, value) if rest else value})
 
 
 def shares_of(step: int, micro: int, images: int, world: int) -> list[int]:
-    """How many of a micro-batch's `images` each rank has: equal at even steps, else any split, one rank with none."""
+    """How many of a micro-batch's `images` each rank has: equal at even steps; at odd ones any split, every other time
+    with a rank that has none."""
     if step % 2 == 0 or world == 1:
         return [images * (rank + 1) // world - images * rank // world for rank in range(world)]
+    busy = world - 1 if step % 4 == 1 else world
     draw = generator("verify", "shares", step, micro)
-    idle = (step // 2 + micro) % world
-    cuts = sorted(torch.randint(images + 1, (world - 2,), generator=draw).tolist())
+    cuts = sorted(torch.randint(images + 1, (busy - 1,), generator=draw).tolist())
     filled = [stop - start for start, stop in zip([0, *cuts], [*cuts, images], strict=True)]
-    return [*filled[:idle], 0, *filled[idle:]]
+    if busy < world:
+        filled.insert((step // 4 + micro) % world, 0)
+    return filled
 
 
 def batches_of(run: RunConfig, step: int, device: torch.device) -> Iterator[Batch]:
