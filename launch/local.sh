@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # Run swinmoe with several processes on this machine.
 #
-#   launch/local.sh [--processes N] [--cpu] [--] COMMAND [ARGUMENT ...]
+#   launch/local.sh [--processes N] [--cpu] [--max-restarts R] [--] COMMAND [ARGUMENT ...]
 #   launch/local.sh --processes 2 train configs/debug/digits_sparse_v1.yaml parallel.ep_size=2
 #
 #   --processes N   how many processes; default: one per GPU, or 1 without a GPU
 #   --cpu           stay on the CPU (gloo) although there are GPUs
+#   --max-restarts R  when a process dies or fails unforeseen start all of them again, at most R times (default 0); needs
+#                   resume=auto. What the user has to mend (status 2) and an interrupt end the job.
 #
 # The exit status is that of the process that failed first, or 0. Set PYTHON to choose an interpreter, OMP_NUM_THREADS for
 # threads per process (default: this machine's cores, shared out), MASTER_PORT for a fixed port (default: a free one).
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-processes=""
+processes="" restarts=0
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
 fail() { echo "launch/local.sh: $*" >&2; exit 2; }
@@ -21,10 +23,12 @@ while [[ $# -gt 0 ]]; do
   case "$1" in
     --processes) [[ $# -ge 2 ]] || fail "--processes needs a number"; processes="$2"; shift 2 ;;
     --processes=*) processes="${1#*=}"; shift ;;
+    --max-restarts) [[ $# -ge 2 ]] || fail "--max-restarts needs a number"; restarts="$2"; shift 2 ;;
+    --max-restarts=*) restarts="${1#*=}"; shift ;;
     --cpu) export ACCELERATE_USE_CPU=true; shift ;;
     -h | --help) usage; exit 0 ;;
     --) shift; break ;;
-    -*) fail "unknown option $1; use --processes N or --cpu, then a swinmoe command" ;;
+    -*) fail "unknown option $1; use --processes N, --cpu or --max-restarts R, then a swinmoe command" ;;
     *) break ;;
   esac
 done
@@ -43,6 +47,7 @@ if [[ -z "$processes" ]]; then
   fi
 fi
 [[ "$processes" =~ ^[1-9][0-9]*$ ]] || fail "--processes $processes is not a positive number"
+[[ "$restarts" =~ ^[0-9]+$ ]] || fail "--max-restarts $restarts is not a number"
 
 if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
   cores="$(getconf _NPROCESSORS_ONLN 2> /dev/null || echo 1)"
@@ -50,12 +55,11 @@ if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
   export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
 
-if [[ "$processes" -eq 1 ]]; then exec "$PYTHON" -m swinmoe.cli "$@"; fi
+if [[ "$processes" -eq 1 && "$restarts" -eq 0 ]]; then exec "$PYTHON" -m swinmoe.cli "$@"; fi
 
-if [[ -z "${MASTER_PORT:-}" ]]; then
-  MASTER_PORT="$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
-fi
-export MASTER_PORT MASTER_ADDR=127.0.0.1 WORLD_SIZE="$processes" LOCAL_WORLD_SIZE="$processes"
+# Named as torchrun names them: a run under a launcher that restarts it must resume, whichever that is.
+export TORCHELASTIC_MAX_RESTARTS="$restarts"
+free_port() { "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
 # Plain processes and not an agent: the user sees the program's own messages and exit status, no wrapper's traceback.
 children=()
@@ -67,42 +71,76 @@ any_alive() {
   for child in "${children[@]}"; do if kill -0 "$child" 2> /dev/null; then return 0; fi; done
   return 1
 }
-end_children() {
-  stop_children TERM
-  for ((tenth = 0; tenth < 100; tenth++)); do
+await_children() { # at most $1 tenths of a second; false if some are left then
+  for ((tenth = 0; tenth < $1; tenth++)); do
     any_alive || return 0
     sleep 0.1
   done
-  stop_children KILL
+  return 1
+}
+end_children() {
+  stop_children TERM
+  stop_children CONT # a stopped process hears nothing else
+  await_children 100 || stop_children KILL
 }
 trap 'end_children; exit 130' INT
 trap 'end_children; exit 143' TERM
 trap 'end_children; exit 129' HUP
 
-for ((rank = 0; rank < processes; rank++)); do
-  RANK="$rank" LOCAL_RANK="$rank" "$PYTHON" -m swinmoe.cli "$@" &
-  children+=("$!")
-done
+start_children() {
+  children=()
+  if [[ "$processes" -gt 1 ]]; then
+    port="${MASTER_PORT:-$(free_port)}"
+    for ((rank = 0; rank < processes; rank++)); do
+      MASTER_ADDR=127.0.0.1 MASTER_PORT="$port" WORLD_SIZE="$processes" LOCAL_WORLD_SIZE="$processes" \
+        RANK="$rank" LOCAL_RANK="$rank" "$PYTHON" -m swinmoe.cli "$@" &
+      children+=("$!")
+    done
+  else
+    "$PYTHON" -m swinmoe.cli "$@" &
+    children+=("$!")
+  fi
+}
 
-# The first to fail ends the rest: they would wait for it until their timeout. Those that fail of the same cause, such
-# as a wrong config, get a moment to say so themselves.
-waiting=("${children[@]}")
-while [[ ${#waiting[@]} -gt 0 ]]; do
-  sleep 0.2
-  running=()
-  for child in "${waiting[@]}"; do
-    if kill -0 "$child" 2> /dev/null; then
-      running+=("$child")
-      continue
-    fi
-    code=0
-    wait "$child" 2> /dev/null || code=$?
-    if [[ "$code" -ne 0 ]]; then
-      sleep 1
-      end_children
-      wait 2> /dev/null || true
-      exit "$code"
-    fi
+# Waits until all have ended well, or one has failed; its exit status is then in `code`. The first to fail ends the
+# rest: they would wait for it until their timeout. Before that they get time to end by themselves and to say why: a
+# rank that fails settles with the others, within seconds, which of them speaks, and has done so when it exits; one that
+# was killed has not.
+watch_children() {
+  waiting=("${children[@]}")
+  code=0
+  while [[ ${#waiting[@]} -gt 0 ]]; do
+    sleep 0.2
+    running=()
+    for child in "${waiting[@]}"; do
+      if kill -0 "$child" 2> /dev/null; then
+        running+=("$child")
+        continue
+      fi
+      wait "$child" 2> /dev/null || code=$?
+      if [[ "$code" -ne 0 ]]; then
+        patience=10
+        if [[ "$code" -gt 128 && "$processes" -gt 1 ]]; then
+          patience=80
+          for rank in "${!children[@]}"; do
+            if [[ "${children[rank]}" == "$child" ]]; then
+              echo "launch/local.sh: rank $rank was ended by SIG$(kill -l "$code") (exit status $code)" >&2
+            fi
+          done
+        fi
+        await_children "$patience" || end_children
+        wait 2> /dev/null || true
+        return
+      fi
+    done
+    waiting=(${running[@]+"${running[@]}"})
   done
-  waiting=(${running[@]+"${running[@]}"})
+}
+
+for ((restart = 0; ; restart++)); do
+  export TORCHELASTIC_RESTART_COUNT="$restart"
+  start_children "$@"
+  watch_children
+  if [[ "$code" -eq 0 || "$code" -eq 2 || "$code" -eq 130 || "$restart" -ge "$restarts" ]]; then exit "$code"; fi
+  echo "launch/local.sh: failed with exit status $code; starting again (restart $((restart + 1)) of $restarts)" >&2
 done

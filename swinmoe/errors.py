@@ -1,7 +1,8 @@
 """Errors that users can act on: each says what was given, what is allowed and what to do.
 
 The command line turns any `SwinMoEError` into one message on stderr and exit status 2 (a `CollectiveError`, which is
-no fault of the command, 1); a traceback appears only under `--debug`. Programming mistakes stay ordinary `AssertionError`/`TypeError`.
+no fault of the command, 1); a traceback appears only under `--debug`. Programming mistakes stay ordinary
+`AssertionError`/`TypeError`.
 """
 
 from __future__ import annotations

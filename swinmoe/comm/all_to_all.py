@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from swinmoe.comm.failure import naming
 from swinmoe.comm.traffic import note
-from swinmoe.errors import DistributedError
 
 Group = dist.ProcessGroup | None
 """A process group; None = this process alone, where nothing travels."""
@@ -40,7 +40,8 @@ class _Hop:
         # Gloo needs contiguous memory; gradients of a sum arrive expanded, with strides of zero.
         rows = rows.contiguous()
         received = rows.new_empty((sum(receives), *rows.shape[1:]))
-        work = dist.all_to_all_single(received, rows, receives, sends, group=self.group, async_op=True)
+        with naming(self.what):
+            work = dist.all_to_all_single(received, rows, receives, sends, group=self.group, async_op=True)
         assert work is not None
         # The sent rows are kept too: their memory may not be reused before the transfer is over.
         self._flight = (work, received, rows)
@@ -48,13 +49,8 @@ class _Hop:
     def land(self) -> Tensor:
         assert self._flight is not None, "wait() without a start(), or a second wait()"
         (work, received, _), self._flight = self._flight, None
-        try:
+        with naming(self.what):
             work.wait()
-        except RuntimeError as error:
-            raise DistributedError(
-                f"rank {dist.get_rank()}: {self.what} did not finish ({error}); another rank of its group stopped, "
-                "or takes another path through the model; look at that rank's message first"
-            ) from error
         return received
 
 
@@ -121,7 +117,7 @@ def wait(pending: Pending) -> Tensor:
     """The received rows (sum(outs), D), ordered by sending rank.
 
     Raises:
-        DistributedError: the exchange failed or timed out.
+        CollectiveError: the exchange failed or timed out.
     """
     return pending.token if pending.hop is None else _Wait.apply(pending.token, pending.hop)
 

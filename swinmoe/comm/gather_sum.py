@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swinmoe.comm.all_to_all import Group
+from swinmoe.comm.failure import naming
 from swinmoe.comm.gather import all_gather_rows
 from swinmoe.comm.traffic import note
 
@@ -39,7 +40,8 @@ class _GatherPacked(torch.autograd.Function):
         packed = torch.cat([grads[i].reshape(size, -1) for i in wanted], dim=1)
         total = packed.new_empty(packed.shape[1])
         note("reduce_scatter", ctx.what, size, packed.nbytes * (size - 1) / size)
-        _reduce_scatter(total, packed.view(-1), group=ctx.group)
+        with naming(f"{ctx.what}: summing their gradients"):
+            _reduce_scatter(total, packed.view(-1), group=ctx.group)
         shares: list[Tensor | None] = [None] * len(grads)
         for i, share in zip(wanted, total.split([ctx.shapes[i].numel() for i in wanted]), strict=True):
             shares[i] = share.view(ctx.shapes[i])

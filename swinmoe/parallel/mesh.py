@@ -8,10 +8,12 @@ usually sit in one node.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+from swinmoe.comm.failure import naming
 from swinmoe.config import ParallelConfig
 from swinmoe.config.checks import divisors
 from swinmoe.errors import ConfigError
@@ -83,7 +85,7 @@ class Mesh:
         """
         key = tuple(map(tuple, partition))
         if key not in self.groups:
-            self.groups[key] = _own_group(partition, self.rank, what)
+            self.groups[key] = _own_group(partition, self.rank, what, timedelta(minutes=self.config.timeout_minutes))
         return self.groups[key]
 
     def weight_group(self, config: ParallelConfig) -> dist.ProcessGroup | None:
@@ -154,15 +156,19 @@ def make_mesh(config: ParallelConfig, num_experts: int | None = None) -> Mesh:
     return replace(mesh, ep_group=experts, replica_group=replicas)
 
 
-def _own_group(partition: list[list[int]], rank: int, name: str) -> dist.ProcessGroup | None:
-    """The group of `partition` that `rank` is in. Every rank creates every group: `new_group` is collective."""
+def _own_group(partition: list[list[int]], rank: int, name: str, timeout: timedelta) -> dist.ProcessGroup | None:
+    """The group of `partition` that `rank` is in. Every rank creates every group: `new_group` is collective.
+
+    A group does not inherit the job's timeout: torch would give it half an hour.
+    """
     if len(partition[0]) == 1:
         return None
     if len(partition) == 1:
         return dist.group.WORLD
     own = None
     for ranks in partition:
-        group = dist.new_group(ranks, group_desc=f"{name} {ranks}")
+        with naming(f"forming the group {name} {ranks}"):
+            group = dist.new_group(ranks, timeout=timeout, group_desc=f"{name} {ranks}")
         if rank in ranks:
             assert isinstance(group, dist.ProcessGroup)
             own = group

@@ -2,10 +2,12 @@
 
 from swinmoe.runtime.accelerator import make_accelerator
 from swinmoe.runtime.agreement import agree
-from swinmoe.runtime.environment import describe_environment
+from swinmoe.runtime.environment import describe_code, describe_environment
+from swinmoe.runtime.last_words import last_word
 from swinmoe.runtime.processes import (
     launched_local_world,
     launched_rank,
+    launched_restarts_allowed,
     launched_world,
     start_processes,
     stop_processes,
@@ -13,9 +15,12 @@ from swinmoe.runtime.processes import (
 
 __all__ = [
     "agree",
+    "describe_code",
     "describe_environment",
+    "last_word",
     "launched_local_world",
     "launched_rank",
+    "launched_restarts_allowed",
     "launched_world",
     "make_accelerator",
     "start_processes",

@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Mapping
 
 import torch.distributed as dist
 
+from swinmoe.comm.failure import naming
 from swinmoe.errors import DistributedError
+from swinmoe.runtime.last_words import ranks_named
+
+_LISTED = 6
+"""Differences that an error lists; it counts the others."""
 
 
-def agree(value: str, what: str) -> None:
-    """Compare `value` over all ranks; a collective call, a no-op on one process.
+def agree(facts: Mapping[str, object]) -> None:
+    """Compare `facts` over all ranks; a collective call, a no-op on one process.
 
     Args:
-        value: e.g. a config's hash, or a data set's length.
-        what: its name in the error.
+        facts: what -> value, e.g. `{"length of the training data": 1797}`. Values are compared, and shown, as text.
 
     Raises:
-        DistributedError: on every rank, naming the ranks that differ from the majority.
+        DistributedError: the same on every rank: which fact, which ranks have what, and which ranks differ from most.
+        CollectiveError: a rank did not take part.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    values: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    usual, _ = Counter(values).most_common(1)[0]
-    others = [f"rank {rank} has {given!r}" for rank, given in enumerate(values) if given != usual]
-    if others:
+    given: list[dict[str, str]] = [{}] * dist.get_world_size()
+    with naming("comparing config, code and data before the first step"):
+        dist.all_gather_object(given, {what: str(value) for what, value in facts.items()})
+    names = list(dict.fromkeys(what for rank_facts in given for what in rank_facts))
+    differing = [text for what in names if (text := _difference(what, [g.get(what) for g in given]))]
+    if differing:
+        more = f"; and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
         raise DistributedError(
-            f"ranks disagree on the {what}: most have {usual!r}, but {', '.join(others)}; start all processes with "
-            "the same config, code and data"
+            f"ranks disagree on {'; on '.join(differing[:_LISTED])}{more}; start all processes with the same config, "
+            "code and data"
         )
+
+
+def _difference(what: str, values: list[str | None]) -> str | None:
+    """`the config's a.b: ranks 0-2 have '1', but rank 3 has '2'`, the largest group first; None if all agree."""
+    ranks: dict[str | None, list[int]] = defaultdict(list)
+    for rank, value in enumerate(values):
+        ranks[value].append(rank)
+    if len(ranks) == 1:
+        return None
+    groups = sorted(ranks.items(), key=lambda item: -len(item[1]))
+    said = [
+        f"{ranks_named(members)} {'has' if len(members) == 1 else 'have'} {'none' if value is None else repr(value)}"
+        for value, members in groups
+    ]
+    return f"{what}: {said[0]}, but {', '.join(said[1:])}"

@@ -23,11 +23,11 @@ def describe_environment() -> dict[str, Any]:
     Keys: swinmoe, python, one for each of `PACKAGES` (None = not installed), platform, cpu, cores, torch_threads,
     device, devices (visible GPUs), cuda, world_size, git_commit and git_dirty (None outside a checkout).
     """
-    commit, dirty = _git_state()
+    code = describe_code()
     gpus = torch.cuda.device_count()
     return {
-        "swinmoe": __version__,
-        "python": platform.python_version(),
+        "swinmoe": code["swinmoe"],
+        "python": code["python"],
         **{name: _version(name) for name in PACKAGES},
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu_model(),
@@ -37,6 +37,18 @@ def describe_environment() -> dict[str, Any]:
         "devices": gpus,
         "cuda": torch.version.cuda,
         "world_size": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+        "git_commit": code["git_commit"],
+        "git_dirty": code["git_dirty"],
+    }
+
+
+def describe_code() -> dict[str, Any]:
+    """What code this is: versions of swinmoe, torch and Python, and the commit where there is one."""
+    commit, dirty = _git_state()
+    return {
+        "swinmoe": __version__,
+        "torch": _version("torch"),
+        "python": platform.python_version(),
         "git_commit": commit,
         "git_dirty": dirty,
     }

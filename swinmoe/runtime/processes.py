@@ -38,6 +38,16 @@ def launched_local_world() -> int:
     return _launched("LOCAL_WORLD_SIZE", launched_world())
 
 
+def launched_restart() -> int:
+    """How often the launcher has started this job's processes again."""
+    return _launched("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def launched_restarts_allowed() -> int:
+    """How often the launcher would start this job's processes again after a failure; torchrun's and local.sh's word."""
+    return _launched("TORCHELASTIC_MAX_RESTARTS", 0)
+
+
 def start_processes(*, cpu: bool = False, timeout_minutes: float = TIMEOUT_MINUTES) -> None:
     """Join the job's process group: NCCL on GPUs (gloo beside it for host tensors), gloo on CPU.
 

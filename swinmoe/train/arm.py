@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from swinmoe.comm.failure import naming
 from swinmoe.config import RunConfig
 from swinmoe.data import Batch
 from swinmoe.errors import CheckpointError, NonFiniteLossError
@@ -33,12 +34,14 @@ from swinmoe.parallel import (
     gather_full,
     global_min,
     global_sum,
+    is_expert_parameter,
     no_sync,
     sync_expert_gradients,
     take_local,
     wrap_data_parallel,
 )
 from swinmoe.randomness import derive_seed
+from swinmoe.runtime import agree
 from swinmoe.train.diagnose import first_non_finite, non_finite_parameter
 from swinmoe.train.loss_scale import LossScale, make_loss_scale
 from swinmoe.train.metrics import IdleExperts, RoutingMeter
@@ -247,14 +250,16 @@ class Arm:
         self.history = [(int(step), float(loss)) for step, loss in values["history"]]
 
     def _backward(self, batch: Batch, micro_batches: int) -> StepResult:
-        with self.autocast():
+        # DDP compares its buckets in the second step's forward pass, and sums them while the backward pass computes.
+        with self.autocast(), naming("the forward pass", amid_other_work=True):
             result = self.objective(self.model, batch)
         moe = self.run.model.moe
         # A global balance loss is the same on every rank and its gradient is summed: it counts once. A local one is
         # each rank's own: the mean over ranks counts.
         shares = self.mesh.world if moe is not None and moe.losses.batch == "local" else 1
         loss = result.loss_sum / self.run.train.batch_size + result.aux_loss / (micro_batches * shares)
-        (loss * self.scale.value).backward()
+        with naming("summing gradients over all ranks, in the backward pass,", amid_other_work=True):
+            (loss * self.scale.value).backward()
         return result
 
     def _after_update(self, counted: Sequence[StepResult]) -> None:
@@ -324,6 +329,7 @@ def make_arm(name: str, run: RunConfig, mesh: Mesh, accelerator: Any, length: Le
     dtype = torch.float64 if run.train.precision == "fp64" else torch.float32
     raw = build_model(run.model, seed=run.seed, device=device, dtype=dtype)
     apply_expert_parallel(raw, mesh)
+    agree({f"the expert placement of {name!r}": _placement(raw, mesh)})
     decay = run.train.ema_decay
     average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay is not None else None
     if average is not None:
@@ -343,6 +349,15 @@ def make_arm(name: str, run: RunConfig, mesh: Mesh, accelerator: Any, length: Le
         counts=count(run.model),
         average=average,
         autocast=accelerator.autocast,
+    )
+
+
+def _placement(model: SwinTransformer, mesh: Mesh) -> str:
+    """How the experts are spread, in words that are equal on all ranks if they see it alike."""
+    held = [p.numel() for p in model.parameters() if is_expert_parameter(p)]
+    return (
+        f"{mesh.replicas} set(s) of experts over {mesh.ep_size} rank(s) each, groups {sorted(mesh.groups)}, "
+        f"{sum(held)} numbers in {len(held)} expert parameters here"
     )
 
 

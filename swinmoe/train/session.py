@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,15 @@ from swinmoe.data import DataBundle, TrainStream, build_data
 from swinmoe.errors import ConfigError
 from swinmoe.parallel import Mesh, make_mesh
 from swinmoe.records import RunRecord
-from swinmoe.runtime import agree, describe_environment, make_accelerator, stop_processes
+from swinmoe.runtime import (
+    agree,
+    describe_code,
+    describe_environment,
+    launched_local_world,
+    launched_restarts_allowed,
+    make_accelerator,
+    stop_processes,
+)
 from swinmoe.train.arm import Arm
 from swinmoe.train.job import Job
 from swinmoe.train.peak import measure_peak_flops
@@ -73,6 +80,7 @@ class Session:
     def job(self, run: RunConfig, name: str = "") -> Job:
         """Data and checkpoints for the arms of one seed; `name` separates the seeds' checkpoints."""
         bundle = build_data(run.data, seed=run.seed)
+        agree({"the number of training images": len(bundle.train), "the number of test images": len(bundle.eval)})
         check_data_fits(run, bundle)
         return Job(
             run=run,
@@ -146,17 +154,31 @@ def open_session(
     """Start (or join) the job: process group, folder, records. `config` is what the run record keeps whole.
 
     Raises:
-        ConfigError: the folder is already used and `resume` is `never`.
-        DistributedError: ranks were started with different configs.
+        ConfigError: the folder is already used and `resume` is `never`, or the launcher restarts what would not resume.
+        DistributedError: ranks were started with different configs or code, or see different output folders.
     """
+    restarts = launched_restarts_allowed()
+    if restarts and resume != "auto":
+        raise ConfigError(
+            f"the launcher may start this run again after a failure (--max-restarts {restarts}), but resume={resume} "
+            "would not go on from its newest checkpoint; give resume=auto, or --max-restarts 0"
+        )
     accelerator = make_accelerator(
-        run.train.precision, tensorboard_dir=folder / "tensorboard" if run.log.tensorboard else None
+        run.train.precision,
+        tensorboard_dir=folder / "tensorboard" if run.log.tensorboard else None,
+        timeout_minutes=run.parallel.timeout_minutes,
     )
-    mesh = make_mesh(run.parallel, None)
-    agree(hashlib.sha256(dump(config).encode()).hexdigest()[:12], "config")
     path = folder / "records.jsonl"
     used = path.exists()
-    agree(str(used), "state of the output folder (used before)")
+    # Before groups are formed: ranks of different configs would wait for each other there.
+    agree(
+        {f"the config's {key}": value for key, value in _flat(to_tree(config))}
+        | {f"the code's {key}": value for key, value in describe_code().items()}
+        | {"whether the output folder holds a run": used}
+    )
+    if run.parallel.exchange == "2dh" and run.parallel.local_size is None:
+        agree({"the processes per machine": launched_local_world()})
+    mesh = make_mesh(run.parallel, None)
     if used and resume == "never":
         raise ConfigError(
             f"output folder {str(folder)!r} already holds a run; use resume=auto to go on with it, or another name= or "
@@ -178,3 +200,12 @@ def open_session(
     if run.log.tensorboard:
         accelerator.end_training()
     stop_processes()
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(`a.b`, value) for every leaf."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -11,26 +11,34 @@ from pool import Pool
 
 from swinmoe.comm import all_to_all_rows
 from swinmoe.config import ParallelConfig
-from swinmoe.errors import DistributedError
+from swinmoe.errors import CollectiveError, DistributedError
 from swinmoe.parallel import make_mesh
 from swinmoe.runtime import agree, describe_environment
 
 pytestmark = pytest.mark.distributed
 
 
-def disagreement(values: list[str]) -> str:
+def disagreement(facts: list[dict[str, object]]) -> str:
     try:
-        agree(values[dist.get_rank()], "config")
+        agree(facts[dist.get_rank()])
     except DistributedError as error:
         return str(error)
     return "agreed"
 
 
 def test_a_rank_with_another_config_is_named_on_all_ranks(pool4: Pool) -> None:
-    assert pool4.run(disagreement, ["a", "a", "a", "a"]) == ["agreed"] * 4
-    messages = pool4.run(disagreement, ["a", "a", "b", "a"])
+    usual = {"the config's seed": 1, "the length of the data": 9}
+    assert pool4.run(disagreement, [usual] * 4) == ["agreed"] * 4
+    messages = pool4.run(disagreement, [usual, usual, usual | {"the config's seed": 2}, usual])
     assert len(set(messages)) == 1
-    assert "ranks disagree on the config: most have 'a', but rank 2 has 'b'; start all processes" in messages[0]
+    assert messages[0].startswith(
+        "ranks disagree on the config's seed: ranks 0, 1, 3 have '1', but rank 2 has '2'; start all processes"
+    )
+
+
+def test_every_difference_is_listed_and_a_missing_fact_is_one(pool2: Pool) -> None:
+    (message, _) = pool2.run(disagreement, [{"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 5}])
+    assert "disagree on b: rank 0 has '2', but rank 1 has '5'; on c: rank 0 has '3', but rank 1 has none;" in message
 
 
 def absent_partner() -> str:
@@ -40,7 +48,7 @@ def absent_partner() -> str:
     if dist.get_rank() == 0:
         try:
             all_to_all_rows(torch.zeros(2, 3), [1, 1], [1, 1], impatient, "layers.1.blocks.1.mlp: sending tokens")
-        except DistributedError as error:
+        except CollectiveError as error:
             message = str(error)
     dist.barrier()
     return message
