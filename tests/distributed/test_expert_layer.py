@@ -13,7 +13,7 @@ import torch
 from pool import Pool
 from torch import Tensor
 
-from swinmoe.comm import all_gather_rows, listen
+from swinmoe.comm import all_gather_rows, all_to_all, listen
 from swinmoe.config import (
     BalanceLossConfig,
     CapacityConfig,
@@ -238,6 +238,57 @@ def switched() -> float:
 
 def test_the_exchange_changes_between_steps(pool4: Pool) -> None:
     assert max(pool4.run(switched)) <= TOLERANCE
+
+
+def order_of_events(chunks: int) -> tuple[list[str], list[str]]:
+    """What happens when in one pass: messages sent and waited for, experts at work."""
+    layer = make_layer(config(num_experts=8, losses=BalanceLossConfig()))
+    mesh = make_mesh(ParallelConfig(ep_size=2, chunks=chunks), 8)
+    apply_expert_parallel(layer, mesh)
+    events: list[str] = []
+
+    def noting(name: str) -> Any:
+        genuine = getattr(all_to_all._Hop, name)
+
+        def call(*arguments: Any) -> Any:
+            events.append(name)
+            return genuine(*arguments)
+
+        return call
+
+    function = layer.experts.function
+
+    def experts(training: bool) -> Any:
+        def run(rows: Tensor, segments: Tensor | None, weights: Any) -> Tensor:
+            events.append("experts")
+            done = function(training)(rows, segments, weights)
+            done.register_hook(lambda _: events.append("experts"))
+            return done
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(all_to_all._Hop, "launch", noting("launch"))
+        patch.setattr(all_to_all._Hop, "land", noting("land"))
+        patch.setattr(layer.experts, "function", experts)
+        y, _ = layer(tokens_of_all([5, 3])[mesh.rank].requires_grad_())
+        forward = list(events)
+        events.clear()
+        y.sum().backward()
+    return forward, events
+
+
+def test_experts_work_while_rows_travel_in_both_directions(pool2: Pool) -> None:
+    """Launched but not yet landed: a transfer that runs beside the experts, forward and backward."""
+    for ways in pool2.run(order_of_events, 1):
+        for events in ways:
+            assert events == ["launch", "land", "experts", "launch", "land"]
+    for ways in pool2.run(order_of_events, 3):
+        for events in ways:
+            under_way = [events[:i].count("launch") - events[:i].count("land") for i in range(len(events))]
+            beside = [flights for event, flights in zip(events, under_way, strict=True) if event == "experts"]
+            assert beside == [2, 2, 2], events
+            assert events.count("launch") == events.count("land") == 6
 
 
 def rounded() -> float:
