@@ -92,6 +92,19 @@ def test_two_processes_write_the_checkpoint_of_one(tmp_path: Path) -> None:
             assert ours["count"] == theirs["count"] == 250 and ours["accuracy"] == theirs["accuracy"]
 
 
+def test_sliced_experts_and_travelling_weights_leave_the_same_checkpoint(tmp_path: Path) -> None:
+    """Weights, moments and averages of slices are put together again, and cut again where the run goes on."""
+    few = ("model.moe.num_experts=1", "model.moe.top_k=1")
+    _train(tmp_path, "one", 1, *few)
+    _train(tmp_path, "sliced", 2, "parallel.ep_size=2", *few)
+    assert _furthest(tmp_path / "one", tmp_path / "sliced") < 1e-10
+    halves = tmp_path / "halves" / "checkpoints"
+    shutil.copytree(tmp_path / "one" / "checkpoints" / "step-00000003", halves / "step-00000003")
+    shutil.copy(tmp_path / "one" / "records.jsonl", tmp_path / "halves")
+    _train(tmp_path, "halves", 2, "resume=auto", "parallel.ep_size=2", "parallel.weight_group=2", *few)
+    assert _furthest(tmp_path / "one", tmp_path / "halves") < 1e-10
+
+
 def test_a_user_error_on_two_processes_ends_with_status_2(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"ep_size=3"):
         _train(tmp_path, "bad", 2, "parallel.ep_size=3", "model.moe.num_experts=6")
