@@ -70,7 +70,7 @@ def verify_parallel(
         log, gradients = arm.take_log(), witness.gradients()
         if reference is not None:
             witness.compare(reference.step(step, batches, shares, arm.lr), log, gradients)
-        witness.check_shared(gradients)
+        witness.note_shared()
         if on_step is not None:
             on_step(step + 1)
     witness.compare_end(reference)
@@ -124,7 +124,8 @@ class _Witness:
         self._parameters = dict.fromkeys(self.end_names, 0.0)
         self._clip = 1.0
         self._routed = self._dropped = 0
-        self._same_counts = self._bit_equal = True
+        self._same_counts = True
+        self._dense, self._experts = hashlib.sha256(), hashlib.sha256()
         arm.optimizer.register_step_pre_hook(self._note_gradients)
 
     def _note_gradients(self, *_: Any) -> None:
@@ -155,22 +156,24 @@ class _Witness:
             self._routed += sum(numbers["routed"])
             self._dropped += sum(numbers["routed"]) - sum(numbers["kept"])
 
-    def check_shared(self, gradients: Tensors) -> None:
-        """Bit-equality of what ranks share; a collective call."""
-        dense, experts = hashlib.sha256(), hashlib.sha256()
+    def note_shared(self) -> None:
+        """Remember, as hashes, what this rank shares with others: gradients and weights after the step."""
         for name, parameter in self.trained.items():
-            kind = experts if is_expert_parameter(parameter) else dense
+            kind = self._experts if is_expert_parameter(parameter) else self._dense
             for tensor in (parameter, self._before_update[name]):
                 kind.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         for name, buffer in self.arm.raw.named_buffers():
             if name.endswith("expert_bias"):
-                dense.update(buffer.cpu().numpy().tobytes())
+                self._dense.update(buffer.cpu().numpy().tobytes())
+
+    def _shared_are_equal(self) -> bool:
+        """All ranks had the same dense bytes, and replicas the same expert bytes; a collective call."""
         table = torch.zeros(self.mesh.world, 2, dtype=torch.int64, device=self.arm.device)
-        for column, kind in enumerate((dense, experts)):
+        for column, kind in enumerate((self._dense, self._experts)):
             table[self.mesh.rank, column] = int.from_bytes(kind.digest()[:7], "little")
-        table = global_sum(table, self.mesh)
-        replicas = table[:, 1].view(-1, self.mesh.ep_size)
-        self._bit_equal &= bool((table[:, 0] == table[0, 0]).all()) and bool((replicas == replicas[0]).all())
+        dense, experts = global_sum(table, self.mesh).unbind(1)
+        replicas = experts.view(-1, self.mesh.ep_size)
+        return bool((dense == dense[0]).all()) and bool((replicas == replicas[0]).all())
 
     def compare_end(self, reference: OneProcess | None) -> None:
         """Hold parameters, and their average, against the reference's; a collective call."""
@@ -207,7 +210,7 @@ class _Witness:
             routed=int(routed),
             dropped=int(dropped),
             same_counts=bool(same),
-            bit_equal=self._bit_equal,
+            bit_equal=self._shared_are_equal(),
             gradients=dict(zip(self.names, rest, strict=False)),
             parameters=dict(zip(self.end_names, rest[len(self.names) :], strict=True)),
             **about,

@@ -27,3 +27,10 @@ def pool6() -> Iterator[Pool]:
     pool = Pool(6)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def pool6() -> Iterator[Pool]:
+    pool = Pool(6)
+    yield pool
+    pool.close()

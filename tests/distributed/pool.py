@@ -124,9 +124,10 @@ class Pool:
         self._processes, self._calls = [], []
 
     def _start(self) -> None:
-        # A fork server imports torch once and forks before any thread exists: much quicker than importing per process.
+        # A fork server imports what is slow once and forks before any thread exists: much quicker than importing per
+        # process. The first optimiser step would import torch._dynamo.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "swinmoe.comm"])
+        context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "accelerate", "swinmoe.verify"])
         meeting_point = str(Path(tempfile.mkdtemp(prefix="swinmoe-pool-")) / "store")
         port = _free_port()
         for rank in range(self.world):
