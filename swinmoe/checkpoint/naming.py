@@ -1,8 +1,8 @@
 """Names of tensors in files: one key per expert, counted globally, whatever the model stacks in memory.
 
 Shapes: E experts, stacked as (E, ...) in a model: `X.experts.fc1_weight` (E, F, D), `fc1_bias` (E, F), `fc2_weight`
-(E, D, F), `fc2_bias` (E, D). In files: `X.experts.0.fc1.weight` (F, D) to `X.experts.{E-1}.fc2.bias` (D,), each laid out
-as in `nn.Linear`. A shared expert, stacked alone, is `X.shared.0....`. All other names are the model's own.
+(E, D, F), `fc2_bias` (E, D). In files: `X.experts.0.fc1.weight` (F, D) to `X.experts.{E-1}.fc2.bias` (D,), each as in
+`nn.Linear`. A shared expert, stacked alone, is `X.shared.0....`. All other names are the model's own.
 """
 
 from __future__ import annotations
