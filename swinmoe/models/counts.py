@@ -240,7 +240,7 @@ def _scaled(hidden: int, ratio: float) -> int:
 def _expert(moe: MoEConfig, tokens: int, dim: int, hidden: int) -> PartCounts:
     """One expert that every token visits."""
     cfg = moe.experts
-    if cfg.type in ("gelu", "swiglu"):
+    if cfg.type in ("gelu", "relu", "swiglu"):
         swiglu = cfg.type == "swiglu"
         part = _mlp(tokens, dim, hidden, fc1_bias=cfg.fc1_bias, fc2_bias=cfg.fc2_bias != "none", swiglu=swiglu)
         return replace(part, frozen=dim if cfg.fc2_bias == "frozen-zero" else 0)

@@ -40,6 +40,18 @@ class Gelu(Activation):
         return out
 
 
+class Relu(Activation):
+    """max(x, 0), as in GShard's and Tutel's experts."""
+
+    def value(self, pre: Tensor) -> Tensor:
+        """(n, F) -> (n, F)."""
+        return F.relu(pre)
+
+    def gradient(self, grad: Tensor, pre: Tensor) -> Tensor:
+        """(n, F) -> (n, F)."""
+        return grad * (pre > 0)
+
+
 class SwiGlu(Activation):
     """value·SiLU(gate) (Shazeer 2020). Columns 2i and 2i + 1 of `pre` are value and gate of hidden unit i."""
 

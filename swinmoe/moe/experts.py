@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from swinmoe.config.moe import ExpertConfig
-from swinmoe.moe.activations import Activation, Gelu, SwiGlu
+from swinmoe.moe.activations import Activation, Gelu, Relu, SwiGlu
 from swinmoe.moe.expert_mlp import expert_mlp
 from swinmoe.moe.registry import register_expert
 from swinmoe.moe.types import ExpertFn, ExpertWeights
@@ -94,6 +94,13 @@ class GeluExperts(Experts):
     """fc2(GELU(fc1 x)), Swin's MLP."""
 
     activation = Gelu()
+
+
+@register_expert("relu")
+class ReluExperts(Experts):
+    """fc2(max(fc1 x, 0)), Tutel's usual experts."""
+
+    activation = Relu()
 
 
 @register_expert("swiglu")

@@ -22,8 +22,8 @@ def one_expert(row: Tensor, w1: Tensor, b1, w2: Tensor, b2, kind: str) -> Tensor
     pre = w1 @ row
     if b1 is not None:
         pre = pre + b1
-    if kind == "gelu":
-        hidden = F.gelu(pre)
+    if kind in ("gelu", "relu"):
+        hidden = F.gelu(pre) if kind == "gelu" else F.relu(pre)
     else:
         hidden = torch.stack([pre[2 * i] * F.silu(pre[2 * i + 1]) for i in range(len(pre) // 2)])
     out = w2 @ hidden

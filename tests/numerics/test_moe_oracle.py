@@ -66,7 +66,7 @@ def cases(draw):
         ),
         capacity=CapacityConfig(train=policy, eval=CapacityPolicy(kind="dropless")),
         experts=ExpertConfig(
-            type=draw(st.sampled_from(["gelu", "swiglu"])),
+            type=draw(st.sampled_from(["gelu", "relu", "swiglu"])),
             hidden_ratio=draw(st.sampled_from([None, 0.5])),
             fc1_bias=draw(st.booleans()),
             fc2_bias=draw(st.sampled_from(["learned", "frozen-zero", "none"])),

@@ -187,6 +187,7 @@ MOE_VARIANTS: dict[str, dict[str, Any]] = {
     "top2": {"num_experts": 4, "top_k": 2},
     "cosine": {"num_experts": 4, "router": {"type": "cosine", "proj_dim": 8}},
     "swiglu": {"num_experts": 4, "top_k": 2, "experts": {"type": "swiglu"}},
+    "relu": {"num_experts": 4, "top_k": 2, "experts": {"type": "relu"}},
     "fine_grained": {"num_experts": 8, "top_k": 4, "experts": {"hidden_ratio": 0.25}},
     "odd_hidden": {"num_experts": 4, "experts": {"hidden_ratio": 0.29}, "shared_expert_ratio": 0.12},
     "shared": {"num_experts": 4, "shared_expert_ratio": 0.5},

@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from swinmoe.config import ExpertConfig, MoEConfig
 from swinmoe.moe import ExpertWeights, MoEMlp
 from swinmoe.moe import expert_mlp as module
-from swinmoe.moe.activations import Activation, Gelu, SwiGlu
+from swinmoe.moe.activations import Activation, Gelu, Relu, SwiGlu
 from swinmoe.moe.expert_mlp import blocked_mlp, blocks_of, expert_mlp, grouped_mlp, plain_mlp
 
 SEGMENTS = [[2, 0, 3], [0, 0, 1], [4, 0, 2]]  # three sources; expert 1 gets nothing
-ACTIVATIONS = [Gelu(), SwiGlu()]
+ACTIVATIONS = [Gelu(), Relu(), SwiGlu()]
 
 
 def make(activation: Activation, dim=4, hidden=8, experts=3, dtype=torch.float64) -> tuple[Tensor, ExpertWeights]:
@@ -43,7 +43,7 @@ def row_by_row(rows: Tensor, segments: list[list[int]], w: ExpertWeights, activa
 
 
 @pytest.mark.parametrize("limit", [1, 2, 10**6])
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=["gelu", "swiglu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=["gelu", "relu", "swiglu"])
 @pytest.mark.parametrize("path", [plain_mlp, blocked_mlp, grouped_mlp])
 def test_rows_of_several_sources(path, activation, limit, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_BYTES", limit * 8 * 8)
@@ -58,7 +58,7 @@ def test_rows_of_several_sources(path, activation, limit, monkeypatch):
         torch.testing.assert_close(g, expected, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=["gelu", "swiglu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=["gelu", "relu", "swiglu"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_additive_over_slices_of_the_hidden_width(activation, padded):
     rows, w = make(activation)

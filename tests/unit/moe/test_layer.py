@@ -297,7 +297,7 @@ def test_no_slots_at_all_is_survived_in_both_layouts(factor):
 def test_errors_say_what_to_do():
     with pytest.raises(ConfigError, match=r"moe\.router\.type='cosin' is unknown.*did you mean 'cosine'"):
         make(router=RouterConfig(type="cosin"))
-    with pytest.raises(ConfigError, match=r"moe\.experts\.type='swish'.*'gelu', 'swiglu'"):
+    with pytest.raises(ConfigError, match=r"moe\.experts\.type='swish'.*'gelu', 'relu', 'swiglu'"):
         make(experts=ExpertConfig(type="swish"))
     with pytest.raises(ConfigError, match=r"moe\.dispatcher='padd' is unknown.*'padded'"):
         make(dispatcher="padd")
