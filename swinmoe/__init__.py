@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from swinmoe.models import SwinOutput, SwinTransformer, build_model, create_model
     from swinmoe.models.counts import ModelCounts, count
     from swinmoe.moe import MoEMlp, RoutingStats, register_dispatcher, register_expert, register_router
+    from swinmoe.moe.from_tutel import from_tutel
     from swinmoe.timm_registry import register_with_timm
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "build_model",
     "count",
     "create_model",
+    "from_tutel",
     "register_dispatcher",
     "register_expert",
     "register_router",
@@ -42,6 +44,7 @@ _HOMES = {
     "swinmoe.models": ("SwinOutput", "SwinTransformer", "build_model", "create_model"),
     "swinmoe.models.counts": ("ModelCounts", "count"),
     "swinmoe.moe": ("MoEMlp", "RoutingStats", "register_dispatcher", "register_expert", "register_router"),
+    "swinmoe.moe.from_tutel": ("from_tutel",),
     "swinmoe.timm_registry": ("register_with_timm",),
 }
 
