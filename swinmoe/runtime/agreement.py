@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from swinmoe.comm.failure import naming
 from swinmoe.errors import DistributedError
-from swinmoe.runtime.last_words import ranks_named
+from swinmoe.runtime.processes import ranks_named
 
 _LISTED = 6
 """Differences that an error lists; it counts the others."""

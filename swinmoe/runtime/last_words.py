@@ -19,13 +19,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from itertools import groupby
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from swinmoe.errors import DistributedError
-from swinmoe.runtime.processes import launched_rank, launched_restart, launched_world
+from swinmoe.runtime.processes import launched_rank, launched_restart, launched_world, ranks_named
 
 GRACE_SECONDS = 5.0
 """How long to wait for the other ranks' words: they start, and fail, seconds apart."""
@@ -83,15 +82,6 @@ def choose(words: Mapping[int, Word], rank: int, world: int) -> str | None:
     if rank != alike[0]:
         return None
     return own.message if len(alike) == world else f"{ranks_named(alike)}: {own.message}"
-
-
-def ranks_named(ranks: list[int]) -> str:
-    """`rank 3`, `ranks 0-2, 5`; `ranks` in rising order."""
-    runs = []
-    for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0]):
-        members = [rank for _, rank in run]
-        runs.append(f"{members[0]}-{members[-1]}" if len(members) > 2 else ", ".join(map(str, members)))
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(runs)}"
 
 
 def _exchange(own: Word, rank: int, world: int, grace: float) -> dict[int, Word]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from swinmoe.errors import DistributedError
 
@@ -48,10 +51,17 @@ def launched_restarts_allowed() -> int:
     return _launched("TORCHELASTIC_MAX_RESTARTS", 0)
 
 
-def start_processes(*, cpu: bool = False, timeout_minutes: float = TIMEOUT_MINUTES) -> None:
+def start_processes(
+    *, cpu: bool = False, timeout_minutes: float = TIMEOUT_MINUTES, join_minutes: float = TIMEOUT_MINUTES
+) -> None:
     """Join the job's process group: NCCL on GPUs (gloo beside it for host tensors), gloo on CPU.
 
     Does nothing without a launcher or when the group exists. Every process of the job must call it.
+
+    Args:
+        cpu: stay on the CPU where there is a GPU.
+        timeout_minutes: after so long a collective that does not finish is an error.
+        join_minutes: how long to wait for the other processes to come; machines start minutes apart.
 
     Raises:
         DistributedError: the launcher's environment is incomplete, there are fewer GPUs than processes on this
@@ -76,14 +86,42 @@ def start_processes(*, cpu: bool = False, timeout_minutes: float = TIMEOUT_MINUT
             )
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    rank, store = launched_rank(), None
     try:
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(minutes=join_minutes)))
+        # All are waited for here: the group's own, shorter timeout counts from its first message.
+        store.set(_here(rank), "")
+        store.wait([_here(other) for other in range(world)], timedelta(minutes=join_minutes))
+        timeout = timedelta(minutes=timeout_minutes)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise DistributedError(
-            f"rank {launched_rank()} of {world} could not join the others at {address} ({error}); check that all "
-            "processes were started, and that address and port are free and reachable"
+            f"rank {rank} of {world} could not join the others at {address} ({_absent(store, world) or error}); check "
+            "that all processes were started, and that address and port are free and reachable"
         ) from error
+
+
+def _here(rank: int) -> str:
+    return f"swinmoe/here/{launched_restart()}/{rank}"
+
+
+def _absent(store: Store | None, world: int) -> str:
+    """Which ranks did not come to `store`; empty if all did, or nobody knows."""
+    try:
+        missing = [] if store is None else [r for r in range(world) if not store.check([_here(r)])]
+    except RuntimeError:
+        return ""
+    return f"no sign of {ranks_named(missing)}" if missing else ""
+
+
+def ranks_named(ranks: list[int]) -> str:
+    """`rank 3`, `ranks 0-2, 5`; `ranks` in rising order."""
+    runs = []
+    for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0]):
+        members = [rank for _, rank in run]
+        runs.append(f"{members[0]}-{members[-1]}" if len(members) > 2 else ", ".join(map(str, members)))
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(runs)}"
 
 
 def stop_processes() -> None:

@@ -157,6 +157,12 @@ def why_not() -> str | None:
         return str(error)
 
 
+def namespaces() -> set[str]:
+    """Those that exist on this machine, by name."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    return {line.split()[0] for line in listed.splitlines() if line}
+
+
 def _end(process: subprocess.Popen[str]) -> None:
     if process.poll() is None:
         process.kill()

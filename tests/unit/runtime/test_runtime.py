@@ -51,7 +51,7 @@ def test_an_unreachable_job_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(DistributedError, match=f"rank 1 of 2 could not join the others at 127.0.0.1:{port}"):
-            start_processes(cpu=True, timeout_minutes=0.01)
+            start_processes(cpu=True, join_minutes=0.01)
 
 
 @pytest.mark.parametrize(("precision", "autocast"), [("fp32", "no"), ("bf16", "bf16"), ("fp64", "no")])
