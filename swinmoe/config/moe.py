@@ -108,7 +108,7 @@ class ExpertConfig:
     """What one expert computes."""
 
     type: str = "gelu"
-    """`gelu`, `swiglu`, or a name registered with `register_expert`."""
+    """`gelu`, `relu`, `swiglu`, or a name registered with `register_expert`."""
     hidden_ratio: float | None = None
     """Hidden width of an expert over that of the dense MLP it replaces; None = 1. Below 1: fine-grained experts."""
     dropout: float = 0.0
