@@ -57,7 +57,7 @@ def cases(draw):
     cfg = MoEConfig(
         num_experts=num_experts,
         top_k=draw(st.integers(1, min(3, num_experts))),
-        dispatcher=draw(st.sampled_from(["ragged", "padded"])),
+        dispatcher=draw(st.sampled_from(["ragged", "padded", "gshard", "auto"])),
         router=RouterConfig(
             batch_prioritized=draw(st.booleans()),
             score=draw(st.sampled_from(["softmax", "sigmoid"])),
