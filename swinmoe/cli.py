@@ -112,7 +112,8 @@ def verify_parallel(
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option("--steps", help="Optimiser steps.")] = 10,
     processes: Annotated[
-        int | None, typer.Option("--processes", help="Start so many on this machine's CPU; or use a launcher.")
+        int | None,
+        typer.Option("--processes", help="So many on this machine's CPU; default ep_size, at least 2. Or a launcher."),
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
     full_size: Annotated[bool, typer.Option("--full-size", help="The config's own model, not a small one.")] = False,

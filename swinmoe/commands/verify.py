@@ -34,17 +34,18 @@ def run(
         ConfigError: `processes` beside a launcher that started another number, or a config that does not fit.
     """
     resolved = load(RunConfig, config, overrides)
-    world = launched_world()
-    if processes is not None and world > 1 and processes != world:
-        raise ConfigError(
-            f"--processes {processes} under a launcher that started {world}; leave --processes away, or the launcher"
-        )
     if steps < 1 or (processes is not None and processes < 1):
         raise ConfigError(f"--steps {steps} and --processes {processes} must be at least 1")
-    if world == 1 and (processes or 1) > 1:
+    world = launched_world()
+    if world > 1:
+        if processes not in (None, world):
+            raise ConfigError(
+                f"--processes {processes} under a launcher that started {world}; leave one of the two away"
+            )
+    elif (processes := processes or max(2, resolved.parallel.ep_size)) > 1:
         argv = ["verify", "parallel", str(config), *overrides, "--steps", str(steps)]
         argv += ["--json", str(json_path)] if json_path else []
-        return run_on(processes or 1, argv + ["--full-size"] * full_size)
+        return run_on(processes, argv + ["--full-size"] * full_size)
     return _prove(resolved if full_size else shrink(resolved), steps, json_path)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from swinmoe.config import ParallelConfig, RunConfig
 from swinmoe.errors import ConfigError
 from swinmoe.models import SwinTransformer
-from swinmoe.parallel import Mesh, gather_full, global_sum, is_expert_parameter, make_mesh, take_local
+from swinmoe.parallel import Mesh, gather_full, global_sum, is_expert_parameter, make_mesh, take_local, use_exchange
 from swinmoe.runtime import make_accelerator
 from swinmoe.train import Arm, Length, make_arm
 from swinmoe.verify.one_process import OneProcess, Step, Tensors, stirred
@@ -35,6 +36,7 @@ def verify_parallel(
     steps: int = STEPS,
     dtype: torch.dtype = torch.float64,
     tolerance: float | None = None,
+    ways: Sequence[ParallelConfig] = (),
     on_step: OnStep | None = None,
 ) -> ParallelProof:
     """Train `run` for a few steps on the mesh of this job and on one process, and compare; a collective call.
@@ -47,6 +49,7 @@ def verify_parallel(
         steps: optimiser steps.
         dtype: float64, or float32 to see what precision training has.
         tolerance: largest relative difference of a proven mesh; None = `TOLERANCE` of the dtype.
+        ways: how tokens and weights travel, taken in turn from step to step on the one mesh; none = `run.parallel`.
         on_step: called on every rank after each step with the number of steps done.
 
     Raises:
@@ -64,9 +67,14 @@ def verify_parallel(
     _copy_into(arm.raw, model, mesh)
     reference = OneProcess(run, model) if mesh.is_main else None
     for step in range(steps):
+        if ways:
+            use_exchange(arm.raw, mesh, ways[step % len(ways)])
         batches = list(batches_of(run, step, arm.device))
         shares = [shares_of(step, micro, len(batch), mesh.world) for micro, batch in enumerate(batches)]
-        arm.train_step([part_of(b, s, mesh.rank) for b, s in zip(batches, shares, strict=True)])
+        with warnings.catch_warnings():
+            # Of DDP, where an axis of size 1 may have any stride.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+            arm.train_step([part_of(b, s, mesh.rank) for b, s in zip(batches, shares, strict=True)])
         log, gradients = arm.take_log(), witness.gradients()
         if reference is not None:
             witness.compare(reference.step(step, batches, shares, arm.lr), log, gradients)
