@@ -76,12 +76,15 @@ def their_gradients(layer: nn.Module) -> list[Tensor]:
     return [layer.gate.wg.weight.grad, pick(0, "weight"), pick(0, "bias"), pick(2, "weight"), pick(2, "bias")]
 
 
-def balanced_tokens(layer: MoEMlp) -> Tensor:
-    """Tokens (T, D) whose first choice is t mod E and whose second is the next expert: 2T/E of each, nothing drops."""
+def tokens_that_fit(layer: MoEMlp) -> Tensor:
+    """(T, D): every expert is chosen 2T/E times, so that nothing drops, but not equally often as the first choice."""
     logits = torch.rand(T, E)
     for t in range(T):
-        logits[t, t % E] += 3
-        logits[t, (t + 1) % E] += 1.5
+        first, second = t % E, (t + 1) % E
+        if t % (2 * E) == 0:  # the balance loss of equal first choices is 1 whatever the gate is
+            first, second = second, first
+        logits[t, first] += 3
+        logits[t, second] += 1.5
     return logits @ torch.linalg.pinv(layer.router.weight.detach()).t()
 
 
@@ -96,8 +99,9 @@ def run(layer: MoEMlp, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, list[
 def test_layer_outputs_loss_and_gradients(alone, dispatcher):
     ours = our_layer(dispatcher)
     theirs = their_layer(ours)
-    x, weight = balanced_tokens(ours), torch.randn(T, D)
+    x, weight = tokens_that_fit(ours), torch.randn(T, D)
     y, loss, grads = run(ours, x, weight)
+    assert abs(float(loss.detach()) - 1) > 0.01
     x = x.clone().requires_grad_()
     out = theirs(x.unsqueeze(1)).squeeze(1)
     their_loss = theirs.l_aux * E**2  # theirs is a mean over experts of mean·mean
