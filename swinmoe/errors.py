@@ -27,6 +27,10 @@ class CheckpointError(SwinMoEError, RuntimeError):
     """A checkpoint that is missing, incomplete, damaged or does not fit."""
 
 
+class DamagedError(CheckpointError):
+    """Files are not what was written: cut off, changed, missing. An earlier checkpoint may still be whole."""
+
+
 class DataError(SwinMoEError, RuntimeError):
     """A data set that is missing or malformed; says where it was sought and how to get it."""
 
