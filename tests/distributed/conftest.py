@@ -27,10 +27,3 @@ def pool6() -> Iterator[Pool]:
     pool = Pool(6)
     yield pool
     pool.close()
-
-
-@pytest.fixture(scope="session")
-def pool6() -> Iterator[Pool]:
-    pool = Pool(6)
-    yield pool
-    pool.close()
