@@ -1,0 +1,102 @@
+"""The names of Hugging Face's `swin` and `swinv2`, which hold query, key and value apart.
+
+Shapes: D width; weights of q, k and v (D, D) each, jointly (3D, D).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swinmoe.checkpoint.microsoft import DERIVED
+from swinmoe.checkpoint.rules import Layout, Rule, rename
+from swinmoe.config import ModelConfig
+
+_BLOCK, _OURS = "encoder.layers.{i}.blocks.{j}", "layers.{i}.blocks.{j}"
+_SELF = f"{_BLOCK}.attention.self"
+
+
+def _join(*parts: Tensor) -> Tensor:
+    return torch.cat(parts)
+
+
+def _split(joint: Tensor) -> tuple[Tensor, ...]:
+    return tuple(part.clone() for part in joint.chunk(3))
+
+
+def _qkv(kind: str) -> Rule:
+    parts = tuple(f"{_SELF}.{part}.{kind}" for part in ("query", "key", "value"))
+    return Rule(parts, f"{_OURS}.attn.qkv.{kind}", _join, _split)
+
+
+def _common(prefix: str) -> tuple[Rule, ...]:
+    pairs = [
+        ("embeddings.patch_embeddings.projection.{rest}", "patch_embed.proj.{rest}"),
+        ("embeddings.norm.{rest}", "patch_embed.norm.{rest}"),
+        (f"{_BLOCK}.layernorm_before.{{rest}}", f"{_OURS}.norm1.{{rest}}"),
+        (f"{_BLOCK}.layernorm_after.{{rest}}", f"{_OURS}.norm2.{{rest}}"),
+        (f"{_BLOCK}.attention.output.dense.{{rest}}", f"{_OURS}.attn.proj.{{rest}}"),
+        (f"{_BLOCK}.intermediate.dense.{{rest}}", f"{_OURS}.mlp.fc1.{{rest}}"),
+        (f"{_BLOCK}.output.dense.{{rest}}", f"{_OURS}.mlp.fc2.{{rest}}"),
+        (f"{_SELF}.relative_position_bias_table", f"{_OURS}.attn.relative_position_bias_table"),
+        (f"{_SELF}.logit_scale", f"{_OURS}.attn.logit_scale"),
+        (f"{_SELF}.continuous_position_bias_mlp.{{rest}}", f"{_OURS}.attn.cpb_mlp.{{rest}}"),
+        ("encoder.layers.{i}.downsample.{rest}", "layers.{i}.downsample.{rest}"),
+        ("layernorm.{rest}", "norm.{rest}"),
+    ]
+    return rename([*((prefix + foreign, ours) for foreign, ours in pairs), ("classifier.{rest}", "head.{rest}")])
+
+
+def _prefixed(rule: Rule, prefix: str) -> Rule:
+    names = (rule.foreign,) if isinstance(rule.foreign, str) else rule.foreign
+    return Rule(tuple(prefix + name for name in names), rule.ours, rule.read, rule.write)
+
+
+def _layout(name: str, prefix: str, *, cosine: bool) -> Layout:
+    if cosine:  # no bias for k
+        pairs = [("query", "q_bias"), ("value", "v_bias")]
+        biases = rename([(f"{prefix}{_SELF}.{part}.bias", f"{_OURS}.attn.{ours}") for part, ours in pairs])
+    else:
+        biases = (_prefixed(_qkv("bias"), prefix),)
+    return Layout(name, (_prefixed(_qkv("weight"), prefix), *biases, *_common(prefix)), DERIVED)
+
+
+HUGGINGFACE_V1 = _layout("huggingface", "swin.", cosine=False)
+HUGGINGFACE_V2 = _layout("huggingface-v2", "swinv2.", cosine=True)
+HUGGINGFACE_V1_BARE = _layout("huggingface-bare", "", cosine=False)
+HUGGINGFACE_V2_BARE = _layout("huggingface-v2-bare", "", cosine=True)
+"""Bare: `SwinModel` and `Swinv2Model`, without a classifier and its prefix."""
+
+
+def huggingface_config(cfg: ModelConfig) -> dict[str, Any]:
+    """`config.json` with which transformers builds the same classifier.
+
+    transformers takes square images, patches and windows only; who calls has checked that.
+    """
+    cosine = cfg.style == "v2"
+    config: dict[str, Any] = {
+        "architectures": ["Swinv2ForImageClassification" if cosine else "SwinForImageClassification"],
+        "model_type": "swinv2" if cosine else "swin",
+        "image_size": cfg.img_size[0],
+        "patch_size": cfg.patch_size[0],
+        "num_channels": cfg.in_chans,
+        "embed_dim": cfg.embed_dim,
+        "depths": list(cfg.depths),
+        "num_heads": list(cfg.num_heads),
+        "window_size": cfg.window_size[0],
+        "mlp_ratio": cfg.mlp_ratio,
+        "qkv_bias": cfg.qkv_bias,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "hidden_dropout_prob": cfg.drop_rate,
+        "attention_probs_dropout_prob": cfg.attn_drop_rate,
+        "drop_path_rate": cfg.drop_path_rate,
+        "use_absolute_embeddings": False,
+        "id2label": {str(n): f"LABEL_{n}" for n in range(cfg.num_classes)},
+        "label2id": {f"LABEL_{n}": n for n in range(cfg.num_classes)},
+    }
+    if cosine:
+        config["pretrained_window_sizes"] = list(cfg.pretrained_window_sizes or (0,) * len(cfg.depths))
+    return config

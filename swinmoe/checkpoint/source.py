@@ -1,0 +1,165 @@
+"""What weights may be loaded from, and how each is read: one name and shape for every tensor, ours.
+
+A source is a state dict; a file (`.pth`, `.safetensors` ...); the files of all ranks of a Swin-MoE job, as a list, as a
+folder, as the zip they were published in, or by the name before `.rank0`; a folder of swinmoe's or Hugging Face's.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from swinmoe.checkpoint.layouts import recognise
+from swinmoe.checkpoint.naming import to_files
+from swinmoe.checkpoint.tutel import join_ranks
+from swinmoe.checkpoint.unpickle import find_tensors, read_pickle
+from swinmoe.config import ModelConfig
+from swinmoe.config.io import build, read_yaml
+from swinmoe.errors import CheckpointError
+
+SourceLike = Mapping[str, Tensor] | str | Path | Sequence[str | Path]
+
+_RANK = re.compile(r"(?P<stem>.*)\.rank(?P<rank>\d+)")
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights under our names in files."""
+
+    label: str
+    layout: str
+    named: dict[str, Tensor]
+    unused: tuple[str, ...] = ()
+    """Names of the source that have no counterpart here."""
+    changed: dict[str, str] = field(default_factory=dict)
+    """Taken and changed in reading: name -> how."""
+    derived: tuple[str, ...] = ()
+    """Names of the source for what follows from the configuration: indices, masks, counts."""
+    aside: dict[str, Tensor] = field(default_factory=dict)
+    """Those of them that tell of windows, by names of ours."""
+    config: ModelConfig | None = None
+    """Where the source has one that we can read."""
+
+
+def read_source(source: SourceLike, allow: Sequence[str] = ()) -> Source:
+    """Read `source`, whatever it is; `allow` names what ranks may differ in (`join_ranks`).
+
+    Raises:
+        CheckpointError: nothing there, damaged, incomplete, of no known layout, or asking for more than tensors.
+    """
+    if isinstance(source, Mapping):
+        return _interpret(find_tensors(source, "the state dict"), "the state dict")
+    if isinstance(source, str | Path):
+        return _read_path(Path(source), allow)
+    paths = [Path(path) for path in source]
+    if len(paths) == 1:
+        return _read_path(paths[0], allow)
+    return _read_ranks({path.name: path for path in paths}, f"{len(paths)} files", allow)
+
+
+def _read_path(path: Path, allow: Sequence[str]) -> Source:
+    label = str(path)
+    if path.is_dir():
+        return _read_folder(path, allow)
+    siblings = {p.name: p for p in path.parent.glob(f"{path.name}.*")} if path.parent.is_dir() else {}
+    if not path.exists():
+        if f"{path.name}.rank0" in siblings:
+            return _read_ranks(siblings, label, allow)
+        raise CheckpointError(f"{label!r} does not exist, nor {label + '.rank0'!r}; give a file, a folder or all files")
+    if zipfile.is_zipfile(path) and any(_RANK.fullmatch(name) for name in zipfile.ZipFile(path).namelist()):
+        return _read_archive(path, allow)
+    if _RANK.fullmatch(path.name):
+        stem = path.name.rsplit(".rank", 1)[0]
+        return _read_ranks({p.name: p for p in path.parent.glob(f"{stem}.*")}, str(path.with_name(stem)), allow)
+    return _interpret(_read_file(path), label)
+
+
+def _read_folder(folder: Path, allow: Sequence[str]) -> Source:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / shard for shard in shards]
+    else:
+        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if files:
+        state: dict[str, Tensor] = {}
+        for file in files:
+            state |= _read_file(file)
+        found = _interpret(state, str(folder))
+        if (folder / CONFIG).exists():
+            tree = read_yaml(folder / CONFIG)
+            config = build(ModelConfig, tree.get("model", tree))
+            return replace(found, config=config)
+        return found
+    ranks = {path.name: path for path in folder.iterdir() if path.is_file()}
+    stems = {match["stem"] for name in ranks if (match := _RANK.fullmatch(name))}
+    if len(stems) == 1:
+        return _read_ranks({n: p for n, p in ranks.items() if n.startswith(next(iter(stems)))}, str(folder), allow)
+    if stems:
+        raise CheckpointError(f"{str(folder)!r} holds several checkpoints {sorted(stems)}; name one of them")
+    single = [path for name, path in ranks.items() if name.endswith((".pth", ".pt", ".pth.global"))]
+    if len(single) == 1:
+        return _interpret(_read_file(single[0]), str(single[0]))
+    raise CheckpointError(
+        f"{str(folder)!r} holds no model.safetensors, no files of ranks, and {len(single)} .pth files; name the file"
+    )
+
+
+def _read_archive(path: Path, allow: Sequence[str]) -> Source:
+    with zipfile.ZipFile(path) as archive:
+        members = {Path(name).name: io.BytesIO(archive.read(name)) for name in archive.namelist() if name[-1] != "/"}
+    return _read_ranks(members, str(path), allow)
+
+
+def _read_ranks(files: Mapping[str, Path | io.BytesIO], label: str, allow: Sequence[str]) -> Source:
+    numbers = {int(found["rank"]): name for name in files if (found := _RANK.fullmatch(name))}
+    if not numbers:
+        if len(files) == 1:
+            return _interpret(_read_file(next(iter(files.values()))), label)
+        raise CheckpointError(f"{label}: {sorted(files)[:4]} are not the files of ranks (NAME.rank0, NAME.rank1 ...)")
+    missing = sorted(set(range(max(numbers) + 1)) - set(numbers))
+    if missing:
+        raise CheckpointError(
+            f"{label} lacks the files of ranks {missing}; all are needed, since each has other experts"
+        )
+    ranks = [_read_file(files[numbers[rank]]) for rank in sorted(numbers)]
+    masters = [name for name in files if name.endswith(".master")]
+    if len(masters) > 1:
+        raise CheckpointError(f"{label} has several shared files {sorted(masters)}; name the files of one checkpoint")
+    master = _read_file(files[masters[0]]) if masters else None
+    state, notes = join_ranks(ranks, master, allow)
+    return _interpret(state, label, notes)
+
+
+def _read_file(file: Path | io.BytesIO) -> dict[str, Tensor]:
+    if isinstance(file, Path):
+        if not file.exists():
+            raise CheckpointError(f"{str(file)!r} does not exist; give the file of weights")
+        if file.suffix == ".safetensors":
+            try:
+                tensors: dict[str, Tensor] = load_file(file)
+                return tensors
+            except SafetensorError as error:
+                raise CheckpointError(f"{str(file)!r} is damaged, or no safetensors file: {error}") from error
+    return read_pickle(file, repr(str(file)) if isinstance(file, Path) else "a file of the archive")
+
+
+def _interpret(state: Mapping[str, Tensor], label: str, notes: Mapping[str, str] | None = None) -> Source:
+    layout, stripped = recognise(state, label)
+    tensors, unused = layout.read(stripped)
+    changed: dict[str, str] = {}
+    for name, note in (notes or {}).items():
+        ours = layout.read({name: state[name]})[0] if name in stripped else {}
+        changed |= dict.fromkeys(to_files(ours), note)
+    derived = tuple(name for name in stripped if layout.is_derived(name))
+    return Source(label, layout.name, to_files(tensors), tuple(unused), changed, derived, layout.aside(stripped))
