@@ -58,6 +58,10 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # A process that is stopped or hangs in a driver does not hear the signal to end.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-10}"
 
+# Each start meets at a store of its own: one that outlives a restart still holds the addresses of processes that are gone,
+# and the first to come back would call those.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 where=()
 if [[ -n "$address" ]]; then
   # The head is whoever has its address: torch would compare host names, which say nothing here.

@@ -7,7 +7,8 @@ Every failing rank leaves its message at the job's meeting point and waits a mom
 - that a collective did not finish is printed only if no rank has a cause to tell: by the lowest, with the numbers of
   the ranks that left no word, because they were killed or hang.
 
-A rank that cannot reach the meeting point speaks for itself.
+A rank that cannot reach the meeting point speaks for itself, unless rank 0 served it and has ended: then the launcher
+or rank 0 has told the cause, and of the consequences one is enough.
 """
 
 from __future__ import annotations
@@ -59,8 +60,10 @@ def last_word(
         if interrupted:
             return message if rank == 0 else None
         words = _exchange(own, rank, world, grace)
+    except ConnectionRefusedError:
+        return message if rank == 1 or not (consequence and dist.is_initialized()) else None
     except (DistributedError, RuntimeError, OSError, ValueError):
-        return message  # no meeting point: it was rank 0's, which has ended, or the launcher's environment is wrong
+        return message  # a host that hangs, or a launcher's environment that is wrong
     return choose(words, rank, world)
 
 
@@ -106,14 +109,16 @@ def _exchange(own: Word, rank: int, world: int, grace: float) -> dict[int, Word]
 def _meeting_point(rank: int, patience: float) -> tuple[Store, bool]:
     """The job's key-value store where rank 0, or torchrun's agent, serves it; True if it is served by this process."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    hosts = rank == 0 and not agents
     if not hosts:
         # Once the job has met, nobody listening means that the host has ended; before, it may yet come.
         _await_listener(address, port, 0.0 if dist.is_initialized() else patience)
     store = TCPStore(
         address, port, is_master=hosts, wait_for_workers=False, multi_tenant=True, timeout=timedelta(seconds=patience)
     )
-    return PrefixStore(f"swinmoe/last words/{launched_restart()}/", store), hosts
+    # An agent's store outlives a restart, and with it what was said before.
+    return PrefixStore(f"swinmoe/last words/{launched_restart() if agents else ''}", store), hosts
 
 
 def _await_listener(address: str, port: int, patience: float) -> None:

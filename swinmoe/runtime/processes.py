@@ -103,7 +103,7 @@ def start_processes(
 
 
 def _here(rank: int) -> str:
-    return f"swinmoe/here/{launched_restart()}/{rank}"
+    return f"swinmoe/here/{rank}"
 
 
 def _absent(store: Store | None, world: int) -> str:
