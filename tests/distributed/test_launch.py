@@ -29,6 +29,9 @@ if sys.argv[1] == "meet":
     dist.destroy_process_group()
     if rank == 0:
         print("sum", int(total), "arguments", *sys.argv[2:], "threads", os.environ["OMP_NUM_THREADS"])
+elif sys.argv[1] == "recover":
+    print("start", os.environ["TORCHELASTIC_RESTART_COUNT"], "of", os.environ["TORCHELASTIC_MAX_RESTARTS"], flush=True)
+    sys.exit(int(sys.argv[2]) if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else 0)
 elif sys.argv[1] == "fail":
     if rank == 1:
         sys.exit(int(sys.argv[2]))
@@ -71,6 +74,54 @@ def test_the_failing_process_ends_the_job_with_its_status(checkout: Path) -> Non
     assert launch(checkout, "--processes=2", "--cpu", "fail", "7").returncode == 7
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_failure_is_followed_by_another_start(checkout: Path, processes: str) -> None:
+    done = launch(checkout, "--processes", processes, "--cpu", "--max-restarts", "2", "recover", "3")
+    assert done.returncode == 0
+    assert sorted(done.stdout.splitlines()) == ["start 0 of 2"] * int(processes) + ["start 1 of 2"] * int(processes)
+    assert done.stderr == "launch/local.sh: failed with exit status 3; starting again (restart 1 of 2)\n"
+
+
+def test_what_the_user_must_mend_is_not_tried_again(checkout: Path) -> None:
+    done = launch(checkout, "--processes", "1", "--max-restarts", "2", "recover", "2")
+    assert (done.returncode, done.stdout) == (2, "start 0 of 2\n")
+
+
+def test_slurm_hands_on_its_machines_and_the_command(checkout: Path, tmp_path: Path) -> None:
+    """With stand-ins for Slurm's commands: no cluster is here."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, script in {"scontrol": "echo node7; echo node8", "srun": 'printf "%s\\n" "$@"'}.items():
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    (checkout / "launch" / "slurm.sbatch").chmod(0o755)  # sbatch reads it; here it runs
+    job = {"SLURM_JOB_ID": "41", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "64"}
+    more = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_SUBMIT_DIR": str(checkout)}
+    arguments = ("--max-restarts", "3", "train", "c.yaml", "resume=auto")
+    path = {"PATH": f"{tools}:{os.environ['PATH']}"}
+    done = launch(checkout, *arguments, script="slurm.sbatch", **job, **more, **path)
+    assert (done.returncode, done.stderr) == (0, "")
+    given = done.stdout.split()
+    assert given[2:4] == [str(checkout / "launch" / "torchrun.sh"), "--nodes"]
+    assert " ".join(given[4:]) == (
+        "2 --head node7:20041 --per-node 8 --max-restarts 3 --job 41 -- train c.yaml resume=auto"
+    )
+    forgetful = launch(checkout, "train", "c.yaml", script="slurm.sbatch", **job, **more, **path)
+    assert "no resume=auto among the arguments" in forgetful.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "processes", "machines"),
+    [("cpu.yaml", 1, 1), ("gpu_1.yaml", 1, 1), ("gpu_8.yaml", 8, 1), ("multi_node.yaml", 16, 2)],
+)
+def test_accelerate_reads_its_files(file: str, processes: int, machines: int) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    read = load_config_from_file(str(LAUNCH / "accelerate" / file))
+    assert (read.num_processes, read.num_machines, read.use_cpu) == (processes, machines, file == "cpu.yaml")
+    assert read.mixed_precision == "no"
+
+
 def test_one_process_needs_no_launcher(checkout: Path) -> None:
     done = launch(checkout, "--processes", "1", "anything", "x")
     assert (done.returncode, done.stdout) == (0, "False ['anything', 'x']\n")
@@ -82,6 +133,7 @@ def test_one_process_needs_no_launcher(checkout: Path) -> None:
         ([], "no command given"),
         (["--processes", "none", "train"], "--processes none is not a positive number"),
         (["--procs", "2", "train"], "unknown option --procs"),
+        (["--max-restarts", "often", "train"], "--max-restarts often is not a number"),
     ],
 )
 def test_wrong_arguments_are_explained(checkout: Path, arguments: list[str], message: str) -> None:
