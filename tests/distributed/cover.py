@@ -37,10 +37,9 @@ class Cell:
 
     spread: tuple[int, int, int]
     """(processes, ep_size, num_experts)"""
-    weight_group: int
+    travel: tuple[int, str, int | None, int]
+    """(weight_group, exchange, local_size, chunks): one axis, since they mean little without each other"""
     layout: str
-    exchange: tuple[str, int | None, int]
-    """(exchange, local_size, chunks)"""
     capacity: str
     training: str
     top_k: int
@@ -58,35 +57,13 @@ class Cell:
     def columns(self) -> list[str]:
         """Its choices in words, in the order of `HEADINGS`."""
         world, ep, experts = self.spread
+        group, _, local, chunks = self.travel
         sliced = f" in {ep // experts} slices" if ep > experts else ""
-        kind, _, chunks = self.exchange
-        exchange = kind if kind == "flat" else f"2DH {self.token_group // self._local}x{self._local}"
-        travel = {1: "tokens", self.ep_size: "weights"}.get(self.weight_group, f"both, by {self.weight_group}")
-        if self.ep_size == 1:
-            travel = "-"
-        return [
-            f"{world // ep} x {ep}",
-            f"{experts}{sliced}",
-            travel,
-            self.layout,
-            "-" if self.token_group == 1 else exchange + (f", {chunks} chunks" if chunks > 1 else ""),
-            self.capacity,
-            self.training,
-            f"{self.top_k}",
-            self.balance,
-        ]
-
-    @property
-    def ep_size(self) -> int:
-        return self.spread[1]
-
-    @property
-    def token_group(self) -> int:
-        return self.ep_size // self.weight_group
-
-    @property
-    def _local(self) -> int:
-        return (self.exchange[1] or 1) // self.weight_group
+        who = "-" if ep == 1 else {1: "tokens", ep: "weights"}.get(group, f"both, by {group}")
+        how = "flat" if local is None else f"2DH {ep // local}x{local // group}"
+        how = "-" if ep == group else how + (f", {chunks} chunks" if chunks > 1 else "")
+        choices = [self.layout, how, self.capacity, self.training, str(self.top_k), self.balance]
+        return [f"{world // ep} x {ep}", f"{experts}{sliced}", who, *choices]
 
     def __str__(self) -> str:
         return " | ".join(self.columns())
@@ -94,7 +71,6 @@ class Cell:
 
 HEADINGS = ["data x expert", "experts", "travel", "layout", "exchange", "capacity", "training", "k", "balance"]
 
-FLAT, OVERLAPPED = ("flat", None, 1), ("flat", None, 2)
 COMMON: dict[str, Sequence[Choice]] = {
     "layout": ["ragged", "padded"],
     "capacity": ["dropless", "fixed", "prioritised"],
@@ -105,18 +81,22 @@ COMMON: dict[str, Sequence[Choice]] = {
 AXES: dict[str, Sequence[Choice]] = {
     "spread": [
         (1, 1, 4),
-        (2, 1, 4), (2, 2, 4), (2, 2, 8), (2, 2, 1),
-        (4, 1, 4), (4, 2, 4), (4, 2, 8), (4, 2, 1), (4, 4, 4), (4, 4, 8), (4, 4, 2), (4, 4, 1),
+        (2, 1, 4), (2, 2, 4), (2, 2, 1),
+        (4, 1, 4), (4, 2, 4), (4, 2, 1), (4, 4, 4), (4, 4, 8), (4, 4, 2), (4, 4, 1),
     ],
-    "weight_group": [1, 2, 4],
-    "exchange": [FLAT, OVERLAPPED, ("2dh", 1, 1), ("2dh", 2, 1), ("2dh", 4, 1), ("2dh", 2, 2)],
+    "travel": [
+        (group, *exchange)
+        for group in (1, 2, 4)
+        for exchange in (
+            ("flat", None, 1), ("flat", None, 2), ("2dh", 1, 1), ("2dh", 2, 1), ("2dh", 2, 2),
+        )
+    ],
     **COMMON,
 }  # fmt: skip
 """One, two and four processes."""
 SIX: dict[str, Sequence[Choice]] = {
-    "spread": [(6, 6, 6), (6, 6, 3), (6, 6, 2), (6, 3, 3)],
-    "weight_group": [1, 2, 3],
-    "exchange": [("2dh", 2, 1), ("2dh", 3, 1), ("2dh", 2, 2), ("2dh", 3, 2)],
+    "spread": [(6, 6, 6), (6, 6, 3), (6, 6, 2)],
+    "travel": [(group, "2dh", local, chunks) for group in (1, 2, 3) for local in (2, 3) for chunks in (1, 2)],
     **COMMON,
 }
 """Six processes, for nodes of 2 x 3 and 3 x 2 ranks, where swapped axes show."""
@@ -152,14 +132,8 @@ def _model(experts: int, layout: str, capacity: str, checkpointing: bool, top_k:
 
 
 @cache
-def _parallel(ep_size: int, weight_group: int, kind: str, local_size: int | None, chunks: int) -> ParallelConfig:
-    return ParallelConfig(
-        ep_size=ep_size,
-        weight_group=weight_group,
-        exchange=kind,  # type: ignore[arg-type]
-        local_size=local_size,
-        chunks=chunks,
-    )
+def _parallel(ep_size: int, group: int, exchange: Any, local_size: int | None, chunks: int) -> ParallelConfig:
+    return ParallelConfig(ep_size=ep_size, weight_group=group, exchange=exchange, local_size=local_size, chunks=chunks)
 
 
 _OPTIM = OptimConfig(clip_grad_norm=0.01)
@@ -176,7 +150,7 @@ def run_of(cell: Cell) -> RunConfig:
     recompute = cell.training == "checkpointing"
     return RunConfig(
         model=_model(experts, cell.layout, cell.capacity, recompute, cell.top_k, cell.balance),
-        parallel=_parallel(ep_size, cell.weight_group, *cell.exchange),
+        parallel=_parallel(ep_size, *cell.travel),
         optim=_OPTIM,
         train=_train(2 if cell.training == "accumulation" else 1),
     )
@@ -196,11 +170,12 @@ def pairwise(axes: dict[str, Sequence[Choice]]) -> tuple[list[Cell], int]:
     candidates = [cell for choice in product(*axes.values()) if has_meaning(cell := Cell(**dict(zip(axes, choice))))]  # noqa: B905
     numbers: dict[tuple[int, int, Choice, Choice], int] = {}
     pairs = np.array([[numbers.setdefault(pair, len(numbers)) for pair in _pairs(cell, axes)] for cell in candidates])
-    uncovered = np.ones(len(numbers), dtype=bool)
+    times = np.zeros(len(numbers), dtype=np.int64)  # that each pair has been in a cell
     cover = []
-    while uncovered.any():
-        best = int(uncovered[pairs].sum(1).argmax())
-        uncovered[pairs[best]] = False
+    while (new := times == 0).any():
+        # Most new pairs; among equals the pairs met least often, so that the last cells are not all alike.
+        best = int((new[pairs].sum(1) - times[pairs].sum(1) / 1e6).argmax())
+        times[pairs[best]] += 1
         cover.append(candidates[best])
     return cover, len(candidates)
 

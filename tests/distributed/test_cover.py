@@ -54,6 +54,9 @@ def test_the_cover_is_large_and_complete() -> None:
     some = [cell for cell in _every_seventh(AXES) if has_meaning(cell)]
     assert len(some) > 300 and all(pair in met for cell in some for pair in _pairs(cell))
     assert _size(AXES) > 2 * CANDIDATES, "the config refuses nothing"
+    words = [" ".join(cell.columns()) for cell in (*COVER, *COVER_OF_SIX)]
+    for said in ("weights", "both", "2DH 2x2 ", "2DH 2x2, 2 chunks", "2DH 2x3", "2DH 3x2", "tokens padded flat fixed"):
+        assert any(said in cell for cell in words), said
 
 
 def _pairs(cell: Cell) -> list[Any]:
@@ -100,16 +103,7 @@ def test_nodes_that_are_not_square(pool6: Pool, cell: Cell) -> None:
 # ----------------------------------------------------------------------------------------------------------- the breaks
 
 
-SQUARE = Cell(
-    spread=(4, 2, 4),
-    weight_group=1,
-    layout="padded",
-    exchange=("flat", None, 1),
-    capacity="fixed",
-    training="clip",
-    top_k=1,
-    balance="global",
-)
+SQUARE = Cell((4, 2, 4), (1, "flat", None, 1), "padded", "fixed", "clip", 1, "global")
 """Two replicas of two ranks: sub-groups, and replicas to be summed."""
 
 

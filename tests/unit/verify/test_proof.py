@@ -138,12 +138,23 @@ def test_what_is_shown() -> None:
         assert said in text, text
 
 
-@pytest.mark.parametrize("arguments", [{"steps": 0}, {"processes": 0}])
-def test_numbers_below_one_are_refused(arguments: dict[str, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "--steps 0 and --processes None must be at least 1"),
+        ({"processes": 0}, "--processes 0 must be at least 1"),
+        ({"processes": 3}, "--processes 3 under a launcher that started 2"),
+    ],
+)
+def test_impossible_numbers_are_refused(
+    arguments: dict[str, int], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     config = tmp_path / "c.yaml"
     config.write_text("model: {preset: swin_moe_micro}\n")
-    with pytest.raises(ConfigError, match="must be at least 1"):
-        command.run(config, [], **{"steps": 1, "processes": None, "json_path": None, "full_size": False, **arguments})  # type: ignore[arg-type]
+    usual = {"steps": 1, "processes": None, "json_path": None, "full_size": False}
+    with pytest.raises(ConfigError, match=message):
+        command.run(config, [], **{**usual, **arguments})  # type: ignore[arg-type]
 
 
 def test_the_first_to_fail_ends_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
