@@ -7,29 +7,25 @@ folder, as the zip they were published in, or by the name before `.rank0`; a fol
 from __future__ import annotations
 
 import io
-import json
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from swinmoe.checkpoint.layouts import recognise
 from swinmoe.checkpoint.naming import to_files
+from swinmoe.checkpoint.reader import model_config, read_model
 from swinmoe.checkpoint.tutel import join_ranks
 from swinmoe.checkpoint.unpickle import find_tensors, read_pickle
 from swinmoe.config import ModelConfig
-from swinmoe.config.io import build, read_yaml
-from swinmoe.errors import CheckpointError
+from swinmoe.errors import CheckpointError, DamagedError
 
 SourceLike = Mapping[str, Tensor] | str | Path | Sequence[str | Path]
 
 _RANK = re.compile(r"(?P<stem>.*)\.rank(?P<rank>\d+)")
-CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -81,26 +77,16 @@ def _read_path(path: Path, allow: Sequence[str]) -> Source:
     if _RANK.fullmatch(path.name):
         stem = path.name.rsplit(".rank", 1)[0]
         return _read_ranks({p.name: p for p in path.parent.glob(f"{stem}.*")}, str(path.with_name(stem)), allow)
-    return _interpret(_read_file(path), label)
+    found = _interpret(_read_file(path), label)
+    return replace(found, config=_config_of(path)) if path.suffix == ".safetensors" else found
 
 
 def _read_folder(folder: Path, allow: Sequence[str]) -> Source:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        files = [folder / shard for shard in shards]
-    else:
-        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if files:
-        state: dict[str, Tensor] = {}
-        for file in files:
-            state |= _read_file(file)
-        found = _interpret(state, str(folder))
-        if (folder / CONFIG).exists():
-            tree = read_yaml(folder / CONFIG)
-            config = build(ModelConfig, tree.get("model", tree))
-            return replace(found, config=config)
-        return found
+    if (folder / "checkpoints").is_dir() or any(folder.rglob("*.safetensors")):
+        return replace(_interpret(dict(read_model(folder)), str(folder)), config=_config_of(folder))
+    pickles = sorted(folder.glob("pytorch_model*.bin"))
+    if pickles:
+        return _interpret({n: t for path in pickles for n, t in _read_file(path).items()}, str(folder))
     ranks = {path.name: path for path in folder.iterdir() if path.is_file()}
     stems = {match["stem"] for name in ranks if (match := _RANK.fullmatch(name))}
     if len(stems) == 1:
@@ -113,6 +99,16 @@ def _read_folder(folder: Path, allow: Sequence[str]) -> Source:
     raise CheckpointError(
         f"{str(folder)!r} holds no model.safetensors, no files of ranks, and {len(single)} .pth files; name the file"
     )
+
+
+def _config_of(path: Path) -> ModelConfig | None:
+    """What model it says it is, where that is one of ours."""
+    try:
+        return model_config(path)
+    except DamagedError:
+        raise
+    except CheckpointError:
+        return None
 
 
 def _read_archive(path: Path, allow: Sequence[str]) -> Source:
@@ -146,11 +142,7 @@ def _read_file(file: Path | io.BytesIO) -> dict[str, Tensor]:
         if not file.exists():
             raise CheckpointError(f"{str(file)!r} does not exist; give the file of weights")
         if file.suffix == ".safetensors":
-            try:
-                tensors: dict[str, Tensor] = load_file(file)
-                return tensors
-            except SafetensorError as error:
-                raise CheckpointError(f"{str(file)!r} is damaged, or no safetensors file: {error}") from error
+            return dict(read_model(file))
     return read_pickle(file, repr(str(file)) if isinstance(file, Path) else "a file of the archive")
 
 
