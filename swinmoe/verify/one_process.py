@@ -16,7 +16,7 @@ from swinmoe.data import Batch
 from swinmoe.models import SwinTransformer, build_model
 from swinmoe.objectives import Classification
 from swinmoe.randomness import generator
-from swinmoe.train.optim import make_optimizer
+from swinmoe.train.optim import make_optimizer, set_rate
 from swinmoe.verify.oracle import install, set_groups
 
 Tensors = dict[str, Tensor]
@@ -87,8 +87,7 @@ class OneProcess:
         factor = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
         for name, parameter in self.trained.items():
             parameter.grad = gradients[name] * factor
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         self.optimizer.step()
         self._follow(routed)
         return Step(total, norm, gradients, _numbers(routed), _numbers(kept))

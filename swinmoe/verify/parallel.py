@@ -10,6 +10,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ def verify_parallel(
     moe = run.model.moe
     mesh = make_mesh(run.parallel, moe.num_experts if moe else None)
     run, set_aside = provable(run, world=mesh.world, steps=steps, precision=PRECISION[dtype])
+    mesh = replace(mesh, config=run.parallel)
     arm = make_arm("verify", run, mesh, accelerator, Length(steps=steps), steps_per_epoch=steps)
     witness = _Witness(arm)
     model = stirred(run, arm.device)

@@ -66,15 +66,18 @@ def test_tokens_and_weights_may_take_turns_between_steps(pool4: Pool) -> None:
     assert proof.proven, proof.failures
 
 
-def in_float32() -> ParallelProof:
+def in_float32(payload: str) -> tuple[ParallelProof, ParallelProof]:
     cell = Cell((2, 2, 4), (1, "flat", None, 2), "padded", "fixed", "clip", 1, "local")
-    return verify_parallel(run_of(cell), steps=2, dtype=torch.float32)
+    run = with_overrides(run_of(cell), {"parallel": {"payload": payload}})
+    return verify_parallel(run, steps=2), verify_parallel(run, steps=2, dtype=torch.float32)
 
 
-def test_float32_is_reported_with_its_own_tolerance(pool2: Pool) -> None:
-    proof = pool2.run(in_float32)[0]
-    assert proof.dtype == "float32" and proof.tolerance == TOLERANCE["float32"] and proof.bit_equal
-    assert 1e-12 < proof.worst_gradient[1] < 1e-3
+@pytest.mark.parametrize(("payload", "least", "most"), [("full", 1e-9, 1e-5), ("bf16", 1e-5, 1e-1)])
+def test_float32_is_reported_as_it_trains(pool2: Pool, payload: str, least: float, most: float) -> None:
+    proof, single = pool2.run(in_float32, payload)[0]
+    assert proof.proven and proof.set_aside == (("parallel.payload=bf16 -> full",) if payload == "bf16" else ())
+    assert single.dtype == "float32" and single.tolerance == TOLERANCE["float32"] and single.bit_equal
+    assert single.set_aside == () and least < single.worst_gradient[1] < most
 
 
 def swinmoe(*argv: str, launcher: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess[str]:
