@@ -85,7 +85,7 @@ def start(
     )
 
 
-def await_end(jobs: Sequence[subprocess.Popen[str]], timeout: float = 150.0) -> list[Ended]:
+def await_end(jobs: Sequence[subprocess.Popen[str]], timeout: float = 400.0) -> list[Ended]:
     """How each ended; `subprocess.TimeoutExpired`, and an end for all of them, after `timeout` seconds."""
     began = time.monotonic()
     ended = []

@@ -60,7 +60,7 @@ class TwoHosts:
         return process
 
     def both(
-        self, commands: Sequence[Sequence[str]], extra: Mapping[str, str] | None = None, timeout: float = 120.0
+        self, commands: Sequence[Sequence[str]], extra: Mapping[str, str] | None = None, timeout: float = 300.0
     ) -> list[Output]:
         """Run one command on each host at the same time; `subprocess.TimeoutExpired` if one takes too long."""
         running = [self.start(host, command, extra) for host, command in enumerate(commands)]
@@ -72,7 +72,7 @@ class TwoHosts:
         return outputs
 
     def torchrun(
-        self, *arguments: str, per_host: int = 1, extra: Mapping[str, str] | None = None, timeout: float = 120.0
+        self, *arguments: str, per_host: int = 1, extra: Mapping[str, str] | None = None, timeout: float = 300.0
     ) -> list[Output]:
         """A torchrun job of 2 x `per_host` processes. `arguments`: a script and its own, or `-m MODULE ...`."""
         port = next(_PORTS)
@@ -90,7 +90,7 @@ class TwoHosts:
         )
 
     def launch(
-        self, *arguments: str, per_host: int = 1, extra: Mapping[str, str] | None = None, timeout: float = 120.0
+        self, *arguments: str, per_host: int = 1, extra: Mapping[str, str] | None = None, timeout: float = 300.0
     ) -> list[Output]:
         """A swinmoe command of 2 x `per_host` processes, started by launch/torchrun.sh."""
         head = f"{ADDRESSES[0]}:{next(_PORTS)}"
