@@ -130,20 +130,18 @@ class OracleMoEMlp(MoEMlp):
         shared = scores if cfg.router.score == "softmax" else scores / scores.sum(-1, keepdim=True)
         sigma = cfg.router.noise / self.num_experts
         # Local losses are each group's own, and their mean over groups counts.
-        batches = [range(len(ids))] if cfg.losses.batch == "global" else groups
+        batches = [slice(group.start, group.stop) for group in groups]
+        if cfg.losses.batch == "global":
+            batches = [slice(None)]
         losses: dict[str, Tensor] = {}
         for name in ("gshard", "importance", "load", "importance_load", "importance_load_tutel", "z"):
             if getattr(cfg.losses, name) > 0:
-                parts = [
-                    balance_loss(name, logits[b.start : b.stop], noisy[b.start : b.stop], shared[b.start : b.stop],
-                                 ids[b.start : b.stop], sigma)
-                    for b in batches
-                ]  # fmt: skip
+                parts = [balance_loss(name, logits[at], noisy[at], shared[at], ids[at], sigma) for at in batches]
                 losses[name] = torch.stack(parts).mean()
         return RoutingStats(
             routed=torch.bincount(ids.flatten(), minlength=self.num_experts),
             kept=torch.bincount(seats[seats >= 0], minlength=self.num_experts),
-            tokens=torch.tensor(len(ids)),
+            tokens=torch.tensor(len(ids), device=ids.device),
             entropy_sum=torch.special.entr(shared.detach()).sum(dtype=torch.float32),
             losses={name: loss.detach() for name, loss in losses.items()},
             loss=_weighted(cfg.losses, losses, logits),
