@@ -123,8 +123,8 @@ def upcycle(
     return report
 
 
-def check_parent(layer: MoEMlp, parent: DenseMlp, how: Upcycling, name: str) -> ExpertPlan:
-    """How `layer` is cut from `parent`; nothing is changed.
+def check_parent(layer: MoEMlp, parent: DenseMlp, how: Upcycling, name: str, *, moments: bool = False) -> ExpertPlan:
+    """How `layer` is cut from `parent` (or from its `moments`, of which any may be lost); nothing is changed.
 
     Raises:
         ConfigError: the layer has no place for something that the MLP has, or see `plan_experts`.
@@ -142,6 +142,8 @@ def check_parent(layer: MoEMlp, parent: DenseMlp, how: Upcycling, name: str) -> 
             f"{tuple(parent.fc1.shape)}; use experts that compute what it does, such as 'gelu'"
         )
     cfg = layer.cfg.experts
+    if moments:
+        return plan_experts(layer.cfg, parent.hidden, preserve=how.preserve)
     if not cfg.fc1_bias and _is_something(parent.b1):
         raise ConfigError(f"the MLP {name!r} has a first bias and its experts would not; set moe.experts.fc1_bias=true")
     if cfg.fc2_bias != "learned" and _is_something(parent.b2):
@@ -233,7 +235,7 @@ def _perturb(layer: MoEMlp, units: Tensor, how: Upcycling) -> None:
             values, rng = parameter[expert], generator(how.seed, layer.name, name, expert)
             std, mean = torch.std_mean(values.float(), correction=0)
             if len(fresh):
-                axis, where = (1, fresh) if name == "fc2_weight" else (0, _rows_of(fresh, rows))
+                axis, where = (1, fresh) if name == "fc2_weight" else (0, rows_of(fresh, rows))
                 where = where.to(values.device)
                 drawn = torch.randn(values.index_select(axis, where).shape, generator=rng).to(std) * std + mean
                 values.index_copy_(axis, where, drawn.to(values))
@@ -247,7 +249,8 @@ def fresh_units(layer: MoEMlp, expert: int, width: int, how: Upcycling) -> Tenso
     return order[: round(how.drop * width)]
 
 
-def _rows_of(units: Tensor, rows: int) -> Tensor:
+def rows_of(units: Tensor, rows: int) -> Tensor:
+    """Rows of fc1 that belong to hidden units."""
     return (units.unsqueeze(1) * rows + torch.arange(rows)).flatten()
 
 
