@@ -1,8 +1,8 @@
 """Errors that users can act on: each says what was given, what is allowed and what to do.
 
 The command line turns any `SwinMoEError` into one message on stderr and exit status 2 (a `CollectiveError`, which is
-no fault of the command, 1); a traceback appears only under `--debug`. Programming mistakes stay ordinary
-`AssertionError`/`TypeError`.
+no fault of the command, 1; a `Preempted` job, 75); a traceback appears only under `--debug`. Programming mistakes stay
+ordinary `AssertionError`/`TypeError`.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ class DistributedError(SwinMoEError, RuntimeError):
 
 class CollectiveError(DistributedError):
     """A collective could not finish. As a rule another rank stopped earlier, and its message tells more."""
+
+
+class Preempted(SwinMoEError):
+    """The job was asked to stop, and has saved; it can go on from there. Exit status 75, "try again later"."""
 
 
 class NonFiniteLossError(SwinMoEError, FloatingPointError):

@@ -7,10 +7,10 @@ gradient scaler, per-call accumulation counter and scheduler stepping are wrong 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from swinmoe.checkpoint import Content, Stack, Stored, Tensors, hold, read_held, stacks
 from swinmoe.comm.failure import naming
 from swinmoe.config import RunConfig
+from swinmoe.config.io import dump
 from swinmoe.data import Batch
 from swinmoe.errors import CheckpointError, NonFiniteLossError
 from swinmoe.models import SwinTransformer, build_model
@@ -31,13 +33,11 @@ from swinmoe.parallel import (
     Mesh,
     apply_expert_parallel,
     clip_grad_norm,
-    gather_full,
     global_min,
     global_sum,
     is_expert_parameter,
     no_sync,
     sync_expert_gradients,
-    take_local,
     wrap_data_parallel,
 )
 from swinmoe.randomness import derive_seed
@@ -47,8 +47,6 @@ from swinmoe.train.loss_scale import LossScale, make_loss_scale
 from swinmoe.train.metrics import IdleExperts, RoutingMeter
 from swinmoe.train.optim import make_optimizer
 from swinmoe.train.schedule import LearningRate, Length, make_learning_rate
-
-Tensors = dict[str, dict[str, Tensor]]
 
 
 @dataclass
@@ -78,6 +76,8 @@ class Arm:
     idle: IdleExperts = field(default_factory=IdleExperts)
     history: list[tuple[int, float]] = field(default_factory=list)
     """(step, mean training loss since the line before) of every log line."""
+    scored: tuple[int, float] | None = None
+    """Step and accuracy of the last evaluation."""
     _loss: Tensor | None = None
     _aux: Tensor | None = None
     _correct: Tensor | None = None
@@ -191,31 +191,37 @@ class Arm:
         assert isinstance(averaged, SwinTransformer)  # AveragedModel types it as any module
         return averaged
 
-    def state(self) -> tuple[Tensors, dict[str, Any]]:
-        """Everything to go on from, as (tensors by file, JSON values). All ranks must call it; experts are whole."""
-        parameters = dict(self.raw.named_parameters())
-        tensors: Tensors = {"model": self._whole(self.raw.state_dict()), "optimizer": {}}
-        for name, parameter in parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                whole = gather_full(value, parameter, self.mesh) if value.shape == parameter.shape else value
-                tensors["optimizer"][f"{name}#{key}"] = whole
+    def content(self) -> Content:
+        """What a checkpoint holds of this arm, apart from `values`: views of its tensors, as this rank has them."""
+        model = hold(self.raw.state_dict(), self.stacks)
+        groups = {"model": model, "optimizer": hold(self._moments(), self.stacks)}
         if self.average is not None:
-            tensors["average"] = self._whole(self.average.module.state_dict())
-            tensors["average"]["#n_averaged"] = self.average.n_averaged
-        values = {
+            groups["average"] = hold(self.average.module.state_dict(), self.stacks)
+        return Content(groups, dump(self.run))
+
+    def values(self) -> dict[str, Any]:
+        """The rest to go on from, for JSON. All ranks must call it."""
+        return {
             "step": self.step,
             "seconds": self.seconds,
             "loss_scale": [self.scale.value, self.scale.good_steps],
             "idle": self.idle.state(partial(global_min, mesh=self.mesh)),
             "history": self.history,
+            "lr": self.lr,
+            "averaged": None if self.average is None else int(self.average.n_averaged),
             "length": [self.length.steps, self.length.seconds],
         }
-        return tensors, values
 
-    def load(self, tensors: Tensors, values: dict[str, Any]) -> None:
-        """Back to a `state()`, from any number of processes.
+    def load(self, stored: Stored, prefix: str, values: Mapping[str, Any]) -> None:
+        """Back to what was saved, by any number of processes; this rank reads what it holds.
+
+        Args:
+            stored: the checkpoint.
+            prefix: of this arm's files in it, "" or `NAME/`.
+            values: as `values()` gave them.
 
         Raises:
+            DamagedError: a file is not what was written. The arm is part old, part new then: load another checkpoint.
             CheckpointError: something is missing, does not fit, or the arm was to train for another length.
         """
         if values["length"] != [self.length.steps, self.length.seconds]:
@@ -224,30 +230,49 @@ class Arm:
                 f"{[self.length.steps, self.length.seconds]}: its schedule would break; start "
                 "a new run under another name"
             )
-        parameters = dict(self.raw.named_parameters())
-        _load_strict(self.raw, self._local(tensors["model"]), "model")
-        for name, parameter in parameters.items():
-            prefix = f"{name}#"
-            saved = {k.removeprefix(prefix): v for k, v in tensors["optimizer"].items() if k.startswith(prefix)}
-            if not saved and parameter.requires_grad and values["step"]:
-                raise CheckpointError(f"the checkpoint holds no optimiser state for {name!r}")
-            if saved:
-                whole = {
-                    k: take_local(v, parameter, self.mesh) if v.ndim == parameter.ndim and v.ndim else v
-                    for k, v in saved.items()
-                }
-                self.optimizer.state[parameter] = {k: v.to(self.device) for k, v in whole.items()}
+        self._read(stored.tensors(f"{prefix}model"), self.raw.state_dict())
+        self.optimizer.state.clear()
+        if values["step"]:
+            moments = stored.tensors(f"{prefix}optimizer")
+            self._make_moments(moments)
+            self._read(moments, self._moments())
         if self.average is not None:
-            if "average" not in tensors:
+            if f"{prefix}average" not in stored.groups:
                 raise CheckpointError("train.ema_decay is set but the checkpoint holds no moving average")
-            saved = dict(tensors["average"])
-            self.average.n_averaged.copy_(saved.pop("#n_averaged"))
-            _load_strict(self.average.module, self._local(saved), "average")
+            self._read(stored.tensors(f"{prefix}average"), self.average.module.state_dict())
+            self.average.n_averaged.fill_(values["averaged"])
         self.step, self.seconds = values["step"], values["seconds"]
         self._logged_at = self.seconds
         self.scale.value, self.scale.good_steps = values["loss_scale"]
         self.idle.load(values["idle"])
         self.history = [(int(step), float(loss)) for step, loss in values["history"]]
+    @cached_property
+    def stacks(self) -> dict[str, Stack]:
+        """How the experts of each parameter lie over the ranks."""
+        return stacks(self.raw)
+
+    def _moments(self) -> dict[str, Tensor]:
+        """The optimiser's tensors, as `PARAMETER#KEY`."""
+        states = ((name, self.optimizer.state.get(parameter, {})) for name, parameter in self.raw.named_parameters())
+        return {f"{name}#{key}": value for name, state in states for key, value in state.items()}
+
+    def _make_moments(self, saved: Tensors) -> None:
+        """Room for the optimiser's tensors, as `saved` has them: of the parameter's shape, or scalars."""
+        keys = sorted({name.rpartition("#")[2] for name in saved})
+        for name, parameter in self.raw.named_parameters():
+            if parameter.requires_grad:
+                whole = {key: saved.entry(f"{name}#{key}") for key in keys if f"{name}#{key}" in saved}
+                self.optimizer.state[parameter] = {
+                    key: torch.empty((), dtype=whole[key].dtype, device=self.device)
+                    if key in whole and whole[key].shape == ()
+                    else torch.empty_like(parameter.detach())
+                    for key in keys
+                }
+
+    def _read(self, saved: Tensors, own: Mapping[str, Tensor]) -> None:
+        read_held(hold(own, self.stacks), saved, self.mesh)
+        saved.settle()
+
 
     def _backward(self, batch: Batch, micro_batches: int) -> StepResult:
         # DDP compares its buckets in the second step's forward pass, and sums them while the backward pass computes.
@@ -264,7 +289,7 @@ class Arm:
 
     def _after_update(self, counted: Sequence[StepResult]) -> None:
         for name, layer in self.raw.moe_layers().items():
-            if layer.cfg.router.bias_update_rate > 0:
+            if layer.cfg.router.bias_update_rate > 0 and any(p.requires_grad for p in layer.router.parameters()):
                 layer.update_bias(self.reduce(torch.stack([r.routing[name].routed for r in counted]).sum(0)))
         if self.average is not None:
             self.average.update_parameters(self.raw)
@@ -304,14 +329,6 @@ class Arm:
         """True on all ranks if any of them found something."""
         flag = torch.tensor([float(found is not None)], dtype=torch.float64, device=self.device)
         return bool(self.reduce(flag) > 0)
-
-    def _whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        parameters = dict(self.raw.named_parameters())
-        return {k: gather_full(v, parameters[k], self.mesh) if k in parameters else v for k, v in state.items()}
-
-    def _local(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        parameters = dict(self.raw.named_parameters())
-        return {k: take_local(v, parameters[k], self.mesh) if k in parameters else v for k, v in state.items()}
 
     def _clock(self) -> float:
         if self.device.type == "cuda":
@@ -371,10 +388,3 @@ def check_capacity(run: RunConfig, world: int) -> None:
         if blocks:
             height, width = stage_map(run.model, stage)
             require_slots(moe.capacity.train, images * height * width, moe.num_experts, moe.top_k)
-
-
-def _load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    try:
-        module.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"the checkpoint's {what} does not fit this config: {error}") from error

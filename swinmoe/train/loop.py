@@ -10,14 +10,18 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from typing import Never
 
 import torch
 
+from swinmoe.checkpoint import Saver
+from swinmoe.errors import NonFiniteLossError, Preempted
 from swinmoe.train.arm import Arm
 from swinmoe.train.evaluate import evaluate
 from swinmoe.train.job import Job
 from swinmoe.train.place import place
-from swinmoe.train.resume import Start, go_on_from, save
+from swinmoe.train.resume import Start, go_on_from, make_saver, save
+from swinmoe.train.stopping import StopSignals
 
 
 def fit(job: Job, arms: Sequence[Arm], start: Start) -> None:
@@ -31,15 +35,26 @@ def fit(job: Job, arms: Sequence[Arm], start: Start) -> None:
     Raises:
         NonFiniteLossError: an arm's loss left the finite numbers; earlier checkpoints are kept.
         CheckpointError: a checkpoint could not be written; earlier ones are kept.
+        Preempted: SIGTERM or SIGUSR1 came to one of the ranks; all have stopped after the same step, which is saved.
     """
     go_on_from(job, arms, start)
     step = start.step
     if all(arm.done for arm in arms):
         return
+    saver = make_saver(job, arms)
+    try:
+        _train(job, arms, step, saver)
+    except (NonFiniteLossError, Preempted):  # raised by all ranks alike
+        saver.finish()
+        raise
+    saver.finish()
+
+
+def _train(job: Job, arms: Sequence[Arm], step: int, saver: Saver) -> None:
     limits = [arm.length.steps for arm in arms]
     stop = sys.maxsize if None in limits else max(n for n in limits if n is not None)
     waited = time.perf_counter()
-    with job.progress.open([(arm.name, arm.length.steps) for arm in arms]):
+    with StopSignals() as signals, job.progress.open([(arm.name, arm.length.steps) for arm in arms]):
         for micro_batches in job.stream.iterate(step, stop):
             batches = tuple(place(b, arms[0].device, job.run.train.precision) for b in micro_batches)
             wait = time.perf_counter() - waited
@@ -48,13 +63,29 @@ def fit(job: Job, arms: Sequence[Arm], start: Start) -> None:
                 arm.train_step(batches)
             step += 1
             job.progress.stepped(waited=wait, worked=time.perf_counter() - waited - wait)
-            _after_step(job, arms, running, step)
+            _after_step(job, arms, running, step, saver)
             if all(arm.done for arm in arms):
                 break
+            asked, busy = signals.agree(job.mesh, saver.busy)
+            if saver.in_flight and not busy:
+                saver.advance()
+            if asked is not None:
+                _preempt(job, arms, step, saver, asked)
             waited = time.perf_counter()
 
 
-def _after_step(job: Job, arms: Sequence[Arm], running: Sequence[Arm], step: int) -> None:
+def _preempt(job: Job, arms: Sequence[Arm], step: int, saver: Saver, signal: str) -> Never:
+    if saver.last_step != step:
+        for arm in arms:
+            if arm.step == step:
+                _log_step(job, arm)
+        save(job, saver, arms, step)
+    saver.finish()
+    job.records.write("note", text=f"stopped by {signal} after step {step}")
+    raise Preempted(f"stopped by {signal} after step {step}, which is saved; go on with resume=auto")
+
+
+def _after_step(job: Job, arms: Sequence[Arm], running: Sequence[Arm], step: int, saver: Saver) -> None:
     save_now = _saves_at(job, step) or all(arm.done for arm in arms)
     for arm in running:
         if save_now or arm.done or step % job.run.log.every_steps == 0:
@@ -63,7 +94,7 @@ def _after_step(job: Job, arms: Sequence[Arm], running: Sequence[Arm], step: int
             _log_evaluation(job, arm)
         job.progress.advance(arm)
     if save_now:
-        save(job, arms, step)
+        save(job, saver, arms, step)
 
 
 def _evaluates_at(job: Job, step: int) -> bool:
@@ -98,6 +129,7 @@ def _log_step(job: Job, arm: Arm) -> None:
 
 def _log_evaluation(job: Job, arm: Arm) -> None:
     found = evaluate(arm, job.bundle.eval, job.run.train.eval_batch_size, job.run.data.workers)
+    arm.scored = (arm.step, found["accuracy"])
     place_in_run = {
         "step": arm.step,
         "epoch": arm.step / job.stream.steps_per_epoch,

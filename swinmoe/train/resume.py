@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swinmoe.checkpoint import drop_newer, latest_checkpoint, load_checkpoint, save_checkpoint
+import yaml
+
+from swinmoe.checkpoint import (
+    Saver,
+    Stored,
+    checkpoints,
+    drop_newer,
+    form_slice_groups,
+    open_checkpoint,
+    share,
+)
 from swinmoe.config.io import to_tree
-from swinmoe.errors import CheckpointError
-from swinmoe.train.arm import Arm, Tensors
+from swinmoe.errors import CheckpointError, DamagedError
+from swinmoe.runtime import describe_environment
+from swinmoe.train.arm import Arm
 from swinmoe.train.job import Job
 
 MAY_DIFFER_ON_RESUME = (
@@ -27,43 +38,101 @@ class Start:
 
     step: int = 0
     checkpoint: Path | None = None
+    damaged: Mapping[Path, str] = field(default_factory=dict)
+    """Newer checkpoints that were passed over, and what is wrong with them."""
 
 
-def save(job: Job, arms: Sequence[Arm], step: int) -> None:
-    """Checkpoint all arms at `step`; every rank takes part, the main one writes."""
-    tensors: Tensors = {}
-    values: dict[str, Any] = {}
+def make_saver(job: Job, arms: Sequence[Arm]) -> Saver:
+    """Who saves the checkpoints of `job`; a collective call where experts are sliced."""
     for arm in arms:
-        own, values[arm.name] = arm.state()
-        tensors |= {f"{arm.name}/{stem}": group for stem, group in own.items()}
-    if job.mesh.rank == 0:
-        job.records.sync()  # what the checkpoint builds on must not be younger on disk than the checkpoint
-        configs = {arm.name: to_tree(arm.run) for arm in arms}
-        state = {"arms": values, "configs": configs}
-        save_checkpoint(job.checkpoints, step, tensors, state, job.run.checkpoint.keep_last)
+        form_slice_groups(arm.stacks, job.mesh)
+    settings = job.run.checkpoint
+    return Saver(
+        job.checkpoints,
+        job.mesh,
+        keep_last=settings.keep_last,
+        keep_best=settings.keep_best,
+        asynchronous=settings.asynchronous,
+    )
+
+
+def save(job: Job, saver: Saver, arms: Sequence[Arm], step: int) -> None:
+    """Checkpoint all arms at `step`; every rank takes part, and writes its share."""
+    epoch, batch = divmod(step, job.stream.steps_per_epoch)
+    state = {
+        "arms": {arm.name: arm.values() for arm in arms},
+        # Batches and draws follow from step and seed, and need no more; what they were is written for people, and the
+        # number of batches to notice another data set.
+        "sampler": {"epoch": epoch, "batch": batch, "batches_per_epoch": job.stream.steps_per_epoch},
+        "random": {"seed": job.run.seed, "next": [job.run.seed, "step", step], "scheme": "keyed by purpose"},
+        "provenance": describe_environment(),
+    }
+    job.records.sync()  # what the checkpoint builds on must not be younger on disk than the checkpoint
+    saver.save(step, {arm.name: arm.content() for arm in arms}, state, _score(arms))
+
+
+def _score(arms: Sequence[Arm]) -> float | None:
+    """Mean accuracy of the arms, if all were evaluated where they are."""
+    found = [arm.scored[1] for arm in arms if arm.scored is not None and arm.scored[0] == arm.step]
+    return sum(found) / len(found) if len(found) == len(arms) else None
 
 
 def restore(job: Job, arms: Sequence[Arm]) -> Start:
-    """Load the checkpoint that `resume` asks for into the arms. Writes nothing.
+    """Load the checkpoint that `resume` asks for into the arms. Writes nothing. A collective call.
+
+    `auto` takes the newest whole one; what is damaged is passed over, and named in the answer.
 
     Raises:
-        CheckpointError: it is damaged, holds other arms, or was made by another config or for another length.
+        CheckpointError: it, or every one there is, is damaged; or it holds other arms, or was made by another config,
+            for another length or on another data set.
     """
     if job.resume == "never":
         return Start()
-    path = latest_checkpoint(job.checkpoints) if job.resume == "auto" else Path(job.resume)
-    if path is None:
-        return Start()
-    checkpoint = load_checkpoint(path)
-    for arm in arms:
-        if arm.name not in checkpoint.state["arms"]:
-            known = sorted(checkpoint.state["arms"])
-            raise CheckpointError(f"checkpoint {str(path)!r} has no arm {arm.name!r}; it holds {known}")
-        check_same(f"checkpoint {str(path)!r}", checkpoint.state["configs"][arm.name], to_tree(arm.run))
-        prefix = f"{arm.name}/"
-        own = {k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)}
-        arm.load(own, checkpoint.state["arms"][arm.name])
-    return Start(checkpoint.step, path)
+    there = checkpoints(job.checkpoints)[::-1] if job.resume == "auto" else [Path(job.resume)]
+    damaged: dict[Path, str] = {}
+    for path in share(job.mesh, None, there)[0]:
+        try:
+            return Start(_load(job, arms, path), path, damaged)
+        except DamagedError as error:
+            damaged[path] = str(error)
+            if job.resume != "auto":
+                raise
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint in {str(job.checkpoints)!r} is whole: {'; '.join(damaged.values())}; restore one from a "
+            "copy, or start a new run under another name"
+        )
+    return Start()
+
+
+def _load(job: Job, arms: Sequence[Arm], path: Path) -> int:
+    """Load `path` into the arms, on all ranks or none; its step."""
+    problem, step = None, 0
+    try:
+        stored = open_checkpoint(path)
+        step = stored.step
+        _check_position(job, stored)
+        for arm in arms:
+            if arm.name not in stored.state["arms"]:
+                known = sorted(stored.state["arms"])
+                raise CheckpointError(f"checkpoint {str(path)!r} has no arm {arm.name!r}; it holds {known}")
+            prefix = stored.state["folders"][arm.name]
+            saved = yaml.safe_load(stored.read_text(f"{prefix}config.yaml"))
+            check_same(f"checkpoint {str(path)!r}", saved, to_tree(arm.run))
+            arm.load(stored, prefix, stored.state["arms"][arm.name])
+    except CheckpointError as error:
+        problem = error
+    share(job.mesh, problem, None)
+    return step
+
+
+def _check_position(job: Job, stored: Stored) -> None:
+    saved, now = stored.state["sampler"]["batches_per_epoch"], job.stream.steps_per_epoch
+    if saved != now:
+        raise CheckpointError(
+            f"checkpoint {str(stored.path)!r} counts {saved} batches per epoch, and the data set now gives {now}: its "
+            "position and schedule would be others; go on with the same data, or start a new run under another name"
+        )
 
 
 def go_on_from(job: Job, arms: Sequence[Arm], start: Start) -> None:
@@ -72,8 +141,11 @@ def go_on_from(job: Job, arms: Sequence[Arm], start: Start) -> None:
         return
     for arm in arms:
         job.records.write("superseded", arm=arm.name, seed=arm.run.seed, after_step=start.step)
+    for path, wrong in start.damaged.items():
+        job.progress.say(f"passed over {path.name}: {wrong}")
     if job.mesh.rank == 0:
-        drop_newer(job.checkpoints, start.step)
+        for kept in drop_newer(job.checkpoints, start.step, start.damaged):
+            job.progress.say(f"kept for you to look at, and to remove: {kept}")
     found = start.checkpoint
     job.progress.say(f"resumed at step {start.step} from {found}" if found else "no checkpoint yet: starting afresh")
 
