@@ -285,24 +285,24 @@ class CheckpointConfig:
     every_epochs: int = 1
     """0 = not at epochs."""
     keep_last: int = 2
-
-    def __post_init__(self) -> None:
-        check_ranges(
-            self,
     """Newest checkpoints that stay."""
     keep_best: int = 0
     """And so many with the highest accuracy, of those saved at a step that was evaluated."""
     asynchronous: bool = False
     """Write while training goes on; costs memory for a copy of what is written."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
             "checkpoint",
             every_steps=at_least(0, "use 0 to save at epochs only"),
             every_epochs=at_least(0, "use 0 for none at epochs"),
             keep_last=at_least(1, "the newest checkpoint always stays"),
+            keep_best=at_least(0, "use 0 to keep the newest only"),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-            keep_best=at_least(0, "use 0 to keep the newest only"),
 class LogConfig:
     """What is recorded on the way."""
 

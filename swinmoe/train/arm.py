@@ -207,9 +207,9 @@ class Arm:
             "loss_scale": [self.scale.value, self.scale.good_steps],
             "idle": self.idle.state(partial(global_min, mesh=self.mesh)),
             "history": self.history,
+            "length": [self.length.steps, self.length.seconds],
             "lr": self.lr,
             "averaged": None if self.average is None else int(self.average.n_averaged),
-            "length": [self.length.steps, self.length.seconds],
         }
 
     def load(self, stored: Stored, prefix: str, values: Mapping[str, Any]) -> None:
@@ -221,8 +221,8 @@ class Arm:
             values: as `values()` gave them.
 
         Raises:
-            DamagedError: a file is not what was written. The arm is part old, part new then: load another checkpoint.
             CheckpointError: something is missing, does not fit, or the arm was to train for another length.
+            DamagedError: a file is not what was written. The arm is part old, part new then: load another checkpoint.
         """
         if values["length"] != [self.length.steps, self.length.seconds]:
             raise CheckpointError(
@@ -246,6 +246,7 @@ class Arm:
         self.scale.value, self.scale.good_steps = values["loss_scale"]
         self.idle.load(values["idle"])
         self.history = [(int(step), float(loss)) for step, loss in values["history"]]
+
     @cached_property
     def stacks(self) -> dict[str, Stack]:
         """How the experts of each parameter lie over the ranks."""
@@ -272,7 +273,6 @@ class Arm:
     def _read(self, saved: Tensors, own: Mapping[str, Tensor]) -> None:
         read_held(hold(own, self.stacks), saved, self.mesh)
         saved.settle()
-
 
     def _backward(self, batch: Batch, micro_batches: int) -> StepResult:
         # DDP compares its buckets in the second step's forward pass, and sums them while the backward pass computes.
