@@ -62,8 +62,8 @@ def last_word(
         words = _exchange(own, rank, world, grace)
     except ConnectionRefusedError:
         return message if rank == 1 or not (consequence and dist.is_initialized()) else None
-    except (DistributedError, RuntimeError, OSError, ValueError):
-        return message  # a host that hangs, or a launcher's environment that is wrong
+    except (DistributedError, RuntimeError, OSError, ValueError, KeyError):
+        return message  # a host that hangs, or a launcher's environment that is wrong or incomplete
     return choose(words, rank, world)
 
 

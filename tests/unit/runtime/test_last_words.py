@@ -56,6 +56,14 @@ def test_alone_or_interrupted_nobody_is_waited_for(monkeypatch: pytest.MonkeyPat
         assert last_word("interrupted", consequence=False, interrupted=True) == said
 
 
+def test_without_a_meeting_point_each_speaks_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert last_word("incomplete", consequence=False) == "incomplete"
+
+
 def test_processes_that_fail_meet_although_they_never_joined() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
