@@ -24,6 +24,7 @@ from swinmoe.checkpoint.tutel import SWIN_MOE, split_master, split_ranks
 from swinmoe.config import STYLES, ModelConfig, resolve_style
 from swinmoe.errors import CheckpointError
 from swinmoe.models import SwinTransformer
+from swinmoe.models.stage import offset_reference, stage_window
 
 Format = Literal["microsoft", "timm", "torchvision", "huggingface", "tutel", "tutel-master"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -102,6 +103,8 @@ def _check(cfg: ModelConfig, to: str) -> str:
     """The version, v1 or v2, that the model is in that library."""
     style = resolve_style(cfg.style)
     version = next((name for name in ("v1", "v2") if STYLES[name] == style), None)
+    windows = [stage_window(cfg, stage) for stage in range(len(cfg.depths))]
+    references = [offset_reference(cfg, stage) for stage in range(len(cfg.depths))]
     square = all(a == b for a, b in (cfg.img_size, cfg.patch_size, cfg.window_size))
     reasons = {
         "it has experts (use tutel)": cfg.moe is not None,
@@ -114,7 +117,9 @@ def _check(cfg: ModelConfig, to: str) -> str:
         "it has no biases for q, k, v": not cfg.qkv_bias and to == "torchvision",
         "its offsets are normalised by another window (pretrained_window_sizes)": to == "torchvision"
         and version == "v2"
-        and any(cfg.pretrained_window_sizes or ()),
+        and references != windows,
+        "a stage's window is smaller than the first's, since its map is": len(set(windows)) > 1
+        and (to == "torchvision" or (to == "huggingface" and version == "v1")),
         "it has no head": cfg.num_classes == 0 and to == "huggingface",
     }
     if any(reasons.values()):

@@ -5,6 +5,7 @@ Shapes: D width; weights of q, k and v (D, D) each, jointly (3D, D).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,9 +27,8 @@ def _split(joint: Tensor) -> tuple[Tensor, ...]:
     return tuple(part.clone() for part in joint.chunk(3))
 
 
-def _qkv(kind: str) -> Rule:
-    parts = tuple(f"{_SELF}.{part}.{kind}" for part in ("query", "key", "value"))
-    return Rule(parts, f"{_OURS}.attn.qkv.{kind}", _join, _split)
+def _qkv(kind: str, home: str = _SELF, parts: Sequence[str] = ("query", "key", "value")) -> Rule:
+    return Rule(tuple(f"{home}.{part}.{kind}" for part in parts), f"{_OURS}.attn.qkv.{kind}", _join, _split)
 
 
 def _common(prefix: str) -> tuple[Rule, ...]:
@@ -49,6 +49,23 @@ def _common(prefix: str) -> tuple[Rule, ...]:
     return rename([*((prefix + foreign, ours) for foreign, ours in pairs), ("classifier.{rest}", "head.{rest}")])
 
 
+def _in_memory(prefix: str) -> tuple[Rule, ...]:
+    """`swin` as transformers 5 names it in memory; its files have kept their names."""
+    projections = ("q_proj", "k_proj", "v_proj")
+    home = f"{prefix}{_BLOCK}.attention"
+    table = "relative_position_bias_table"
+    return (
+        *(_qkv(kind, home, projections) for kind in ("weight", "bias")),
+        *rename(
+            [
+                (f"{home}.relative_position_bias.{table}", f"{_OURS}.attn.{table}"),
+                (f"{home}.o_proj.{{rest}}", f"{_OURS}.attn.proj.{{rest}}"),
+                (f"{prefix}{_BLOCK}.mlp.{{rest}}", f"{_OURS}.mlp.{{rest}}"),
+            ]
+        ),
+    )
+
+
 def _prefixed(rule: Rule, prefix: str) -> Rule:
     names = (rule.foreign,) if isinstance(rule.foreign, str) else rule.foreign
     return Rule(tuple(prefix + name for name in names), rule.ours, rule.read, rule.write)
@@ -60,7 +77,8 @@ def _layout(name: str, prefix: str, *, cosine: bool) -> Layout:
         biases = rename([(f"{prefix}{_SELF}.{part}.bias", f"{_OURS}.attn.{ours}") for part, ours in pairs])
     else:
         biases = (_prefixed(_qkv("bias"), prefix),)
-    return Layout(name, (_prefixed(_qkv("weight"), prefix), *biases, *_common(prefix)), DERIVED)
+    rules = (_prefixed(_qkv("weight"), prefix), *biases, *_common(prefix), *_in_memory(prefix))
+    return Layout(name, rules, DERIVED)
 
 
 HUGGINGFACE_V1 = _layout("huggingface", "swin.", cosine=False)

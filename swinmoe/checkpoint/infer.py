@@ -9,14 +9,23 @@ from typing import Any
 
 from torch import Tensor
 
-from swinmoe.checkpoint.load import source_references
+from swinmoe.checkpoint.load import plain_windows, source_references
 from swinmoe.checkpoint.resize import table_window
 from swinmoe.checkpoint.source import Source
 from swinmoe.config import ModelConfig
 from swinmoe.config.io import build, merge
 from swinmoe.errors import CheckpointError
+from swinmoe.models.stage import stage_window
 
 Pair = tuple[int, int]
+
+_PADS = {"pad_keys": "attend", "small_map": "pad"}
+HABITS: dict[str, dict[str, Any]] = {
+    "torchvision": _PADS,
+    "mmdet": _PADS,
+    "huggingface": {"pad_keys": "attend"},
+}
+"""What other libraries do on maps that are no multiple of the window, or smaller than it."""
 
 
 def infer_config(source: Source, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -61,6 +70,7 @@ def infer_config(source: Source, overrides: Mapping[str, Any] | None = None) -> 
         "patch_norm": "patch_embed.norm.weight" in named,
         "absolute_pos_embed": "absolute_pos_embed" in named,
         "drop_path_rate": 0.0,
+        **HABITS.get(source.layout.split("-")[0], {}),
     }
     if dense:
         values["mlp_ratio"] = named[dense[0]].shape[0] / named[dense[0]].shape[1]
@@ -73,8 +83,9 @@ def infer_config(source: Source, overrides: Mapping[str, Any] | None = None) -> 
         values |= _geometry(source, len(blocks), values)
     config = build(ModelConfig, merge(values, over))
     references = source_references(source, config)
-    if references is not None and "pretrained_window_sizes" not in over:
-        config = build(ModelConfig, merge(merge(values, over), {"pretrained_window_sizes": references}))
+    own = tuple(stage_window(config, stage) for stage in range(len(blocks)))
+    if references not in (None, own) and "pretrained_window_sizes" not in over:
+        config = build(ModelConfig, merge(merge(values, over), {"pretrained_window_sizes": plain_windows(references)}))
     return config
 
 

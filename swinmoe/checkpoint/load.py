@@ -87,7 +87,7 @@ def _commit(
             targets[name].copy_(tensor)
     if references and isinstance(model, SwinTransformer):
         windows = source_references(found, model.config)
-        model.config = replace(model.config, pretrained_window_sizes=_plain(windows))
+        model.config = replace(model.config, pretrained_window_sizes=plain_windows(windows))
         model.prepare_tables()
 
 
@@ -175,14 +175,16 @@ def _take_references(model: nn.Module, found: Source, allow: Sequence[str]) -> d
         if _allowed("pretrained_window_sizes", allow):
             return {}
         raise CheckpointError(
-            f"{found.label} was trained with position offsets normalised by windows {list(_plain(given) or ())}, and "
-            f"the model's pretrained_window_sizes says {list(config.pretrained_window_sizes or ())}: its position bias "
-            "would be another function; leave pretrained_window_sizes at null, or allow it by that name"
+            f"{found.label} was trained with position offsets normalised by windows "
+            f"{list(plain_windows(given) or ())}, and the model's pretrained_window_sizes says "
+            f"{list(config.pretrained_window_sizes or ())}: its position bias would be another function; leave "
+            "pretrained_window_sizes at null, or allow it by that name"
         )
     return changed
 
 
-def _plain(windows: tuple[Pair, ...] | None) -> tuple[int | Pair, ...] | None:
+def plain_windows(windows: tuple[Pair, ...] | None) -> tuple[int | Pair, ...] | None:
+    """Windows as `pretrained_window_sizes` has them, square ones by their side."""
     return None if windows is None else tuple(w[0] if w[0] == w[1] else w for w in windows)
 
 

@@ -9,6 +9,7 @@ DERIVED = (r"(.*\.)?(relative_position_index|relative_coords_table|attn_mask)",)
 
 SAME = rename(
     [
+        ("layers.{i}.blocks.{j}.attn.cpb_mlp.{rest}", "layers.{i}.blocks.{j}.attn.cpb_mlp.{rest}"),
         ("layers.{i}.blocks.{j}.attn.rpe_mlp.{rest}", "layers.{i}.blocks.{j}.attn.cpb_mlp.{rest}"),  # SimMIM's V2
         *(
             (text, text)
