@@ -1,5 +1,6 @@
 """Frozen, strict configuration: what a model, a run and a comparison are."""
 
+from swinmoe.config.finetune import FinetuneConfig, UpcycleConfig
 from swinmoe.config.model import STYLES, ModelConfig, StyleConfig, resolve_style
 from swinmoe.config.moe import (
     BalanceLossConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "CompareConfig",
     "DataConfig",
     "ExpertConfig",
+    "FinetuneConfig",
     "LogConfig",
     "MixupConfig",
     "MoEConfig",
@@ -44,5 +46,6 @@ __all__ = [
     "ScheduleConfig",
     "StyleConfig",
     "TrainConfig",
+    "UpcycleConfig",
     "resolve_style",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -91,15 +91,22 @@ def build(kind: type[Config], tree: Mapping[str, Any]) -> Config:
         raise ConfigError(_explain(error)) from error
 
 
-def load(kind: type[Config], path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """A `kind` from a YAML file with `key=value` overrides laid on top.
+def load(
+    kind: type[Config],
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    prepare: Callable[[Tree], Tree] | None = None,
+) -> Config:
+    """A `kind` from a YAML file with `key=value` overrides laid on top, and then changed by `prepare`.
 
     Raises:
         ConfigError: as `build`; or the file is meant for the other command, or `resume` names no checkpoint.
     """
     tree = read_yaml(path)
     _check_command(kind, tree, path)
-    config = build(kind, merge(tree, parse_overrides(overrides)))
+    tree = merge(tree, parse_overrides(overrides))
+    config = build(kind, tree if prepare is None else prepare(tree))
     if isinstance(config, RunConfig | CompareConfig):
         _check_resume(config.resume)
     return config

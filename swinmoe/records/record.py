@@ -5,6 +5,8 @@ Every line is one JSON object with a `kind`:
 - `run`: command, name, config (resolved), environment (versions, machine, commit), time
 - `arm`: arm, seed, params_total, params_active, flops_per_image (forward), train_flops_per_image, moe_layers (names),
   num_experts, top_k, steps (planned), config
+- `load`: arm, seed, source, weights (`model` or `average`), loaded, unused, missing (names), resized, reinitialised
+  (name -> how), upcycled, freeze (the policy), frozen (names): what fine-tuning began with
 - `step`: arm, seed, step (1-based, optimiser steps), epoch, lr, loss, aux_loss, accuracy, grad_norm, images, flops,
   seconds (all three cumulative), images_per_second, data_wait, mfu, peak_memory_bytes, routing
 - `eval`: arm, seed, step, epoch, split, weights (`model` or `ema`), loss, accuracy, count, images, flops, seconds,
@@ -31,7 +33,7 @@ from typing import Any
 
 from swinmoe.errors import CheckpointError
 
-RECORD_KINDS = ("run", "arm", "step", "eval", "samples", "class_expert", "final", "superseded", "note")
+RECORD_KINDS = ("run", "arm", "load", "step", "eval", "samples", "class_expert", "final", "superseded", "note")
 Line = dict[str, Any]
 
 

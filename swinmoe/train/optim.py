@@ -1,12 +1,15 @@
-"""AdamW with the no-decay set of the Swin family, and the linear scaling of its rates."""
+"""AdamW with the no-decay set of the Swin family, the linear scaling of its rates, and rates by layer."""
 
 from __future__ import annotations
 
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from swinmoe.config import OptimConfig
+from swinmoe.errors import ConfigError
+from swinmoe.models import SwinTransformer
 from swinmoe.models.swin import NO_DECAY
+from swinmoe.train.layer_decay import rate_scale_of
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -23,11 +26,34 @@ def rate_scale(optim: OptimConfig, batch_size: int) -> float:
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> AdamW:
-    """AdamW over all trainable parameters in two groups; its rate is set at every step by the schedule."""
-    decay: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    """AdamW over all trainable parameters: two groups, with and without weight decay, or two for each layer.
+
+    `set_rate` gives every group its rate, at every step.
+
+    Raises:
+        ConfigError: `layer_decay` for a model whose layers are not known.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (decay if decays(name, parameter) else plain).append(parameter)
-    groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return AdamW([g for g in groups if g["params"]], lr=optim.base_lr, betas=optim.betas, eps=optim.eps, fused=True)
+            scale = _scale(model, name, optim.layer_decay)
+            groups.setdefault((scale, decays(name, parameter)), []).append(parameter)
+    ordered = [
+        {"params": groups[scale, decay], "weight_decay": optim.weight_decay * decay, "rate_scale": scale}
+        for scale, decay in sorted(groups, key=lambda key: (key[0], not key[1]))
+    ]
+    return AdamW(ordered, lr=optim.base_lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Let every group learn at `rate` times its own scale (1 without layer-wise decay)."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate_scale"]
+
+
+def _scale(model: nn.Module, name: str, decay: float) -> float:
+    if decay == 1:
+        return 1.0
+    if not isinstance(model, SwinTransformer):
+        raise ConfigError(f"optim.layer_decay={decay} needs a Swin Transformer, whose layers are known; use 1")
+    return rate_scale_of(name, model.config.depths, decay)
