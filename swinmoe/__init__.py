@@ -12,6 +12,11 @@ from typing import TYPE_CHECKING, Any
 from swinmoe.version import __version__
 
 if TYPE_CHECKING:
+    from swinmoe.checkpoint.experts_edit import grow_experts, keep_experts, prune_experts
+    from swinmoe.checkpoint.experts_merge import merge_experts
+    from swinmoe.checkpoint.sparsify import collect_routing, sparsify
+    from swinmoe.checkpoint.upcycle import Upcycling, upcycle
+    from swinmoe.checkpoint.usage import measure_usage
     from swinmoe.config import ModelConfig, MoEConfig, RunConfig
     from swinmoe.models import SwinOutput, SwinTransformer, build_model, create_model
     from swinmoe.models.counts import ModelCounts, count
@@ -28,18 +33,32 @@ __all__ = [
     "RunConfig",
     "SwinOutput",
     "SwinTransformer",
+    "Upcycling",
     "__version__",
     "build_model",
+    "collect_routing",
     "count",
     "create_model",
     "from_tutel",
+    "grow_experts",
+    "keep_experts",
+    "measure_usage",
+    "merge_experts",
+    "prune_experts",
     "register_dispatcher",
     "register_expert",
     "register_router",
     "register_with_timm",
+    "sparsify",
+    "upcycle",
 ]
 
 _HOMES = {
+    "swinmoe.checkpoint.experts_edit": ("grow_experts", "keep_experts", "prune_experts"),
+    "swinmoe.checkpoint.experts_merge": ("merge_experts",),
+    "swinmoe.checkpoint.sparsify": ("collect_routing", "sparsify"),
+    "swinmoe.checkpoint.upcycle": ("Upcycling", "upcycle"),
+    "swinmoe.checkpoint.usage": ("measure_usage",),
     "swinmoe.config": ("MoEConfig", "ModelConfig", "RunConfig"),
     "swinmoe.models": ("SwinOutput", "SwinTransformer", "build_model", "create_model"),
     "swinmoe.models.counts": ("ModelCounts", "count"),

@@ -102,6 +102,67 @@ def models(contains: Annotated[str, typer.Argument(help="Only names that contain
     command.run(contains)
 
 
+@app.command()
+def upcycle(
+    dense: Annotated[Path, typer.Argument(help="Dense weights: ours, or any that can be loaded.", show_default=False)],
+    config: Config,
+    out: Annotated[Path, typer.Argument(help="A new folder for the sparse model.", show_default=False)],
+    overrides: Overrides = None,
+    noise: Annotated[float, typer.Option("--noise", help="On experts, over the deviation of their weights.")] = 0.0,
+    drop: Annotated[float, typer.Option("--drop", help="Share of hidden units drawn anew in each expert.")] = 0.0,
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="Finer experts: cut in a random order.")] = False,
+    any_function: Annotated[
+        bool, typer.Option("--any-function", help="Also where outputs cannot stay what they were.")
+    ] = False,
+    moments: Annotated[str, typer.Option("--moments", help="Of the optimiser: reset or carry.")] = "reset",
+    average: Annotated[bool, typer.Option("--average", help="Start from the checkpoint's moving average.")] = False,
+    allow: Annotated[list[str] | None, typer.Option("--allow", help="Pattern of names that need not fit.")] = None,
+) -> None:
+    """Make a sparse model whose experts start as a dense model's MLPs, with the same outputs."""
+    from swinmoe.checkpoint.upcycle import Upcycling
+    from swinmoe.commands import upcycle as command
+    from swinmoe.errors import ConfigError
+
+    if moments not in ("reset", "carry"):
+        raise ConfigError(f"--moments {moments}: use reset or carry")
+    how = Upcycling(noise=noise, drop=drop, shuffle=shuffle, preserve=not any_function)
+    command.run(
+        dense, config, out, overrides or [], how, average=average, carry_moments=moments == "carry", allow=allow or []
+    )
+
+
+@app.command()
+def experts(
+    model: Annotated[Path, typer.Argument(help="A run, checkpoint or saved model.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="A new folder for the edited model.", show_default=False)],
+    grow: Annotated[int | None, typer.Option("--grow", help="To so many experts, by copying.")] = None,
+    keep: Annotated[str | None, typer.Option("--keep", help="These experts only, e.g. 0,3,5.")] = None,
+    prune: Annotated[int | None, typer.Option("--prune", help="To the so many that data uses most.")] = None,
+    merge: Annotated[str | None, typer.Option("--merge", help="To a dense model: average, or by usage.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="A config whose images to use; default the run's own.")
+    ] = None,
+    images: Annotated[int, typer.Option("--images", help="Training images to measure load on.")] = 2048,
+    noise: Annotated[float, typer.Option("--noise", help="--grow: on the copies.")] = 0.0,
+    any_function: Annotated[
+        bool, typer.Option("--any-function", help="--grow: also where outputs cannot stay what they were.")
+    ] = False,
+    average: Annotated[bool, typer.Option("--average", help="Of the checkpoint, the moving average.")] = False,
+) -> None:
+    """Grow, keep, prune or merge a model's experts, with the accuracy before and after."""
+    from swinmoe.commands import experts as command
+
+    edit = command.Edit(
+        grow=grow,
+        keep=None if keep is None else command.parse_ids(keep),
+        prune=prune,
+        merge=merge,
+        noise=noise,
+        preserve=not any_function,
+    )
+    command.run(model, out, edit, data=data, images=images, average=average)
+
+
 verify_app = typer.Typer(help="Prove that results do not depend on how they were computed.", no_args_is_help=True)
 app.add_typer(verify_app, name="verify")
 

@@ -57,7 +57,9 @@ def upcycle_moments(
         for key, power in _POWER.items():
             found |= {f"{name}.{part}#{key}": v for part, v in _of_layer(layer, name, moments, key, power, how).items()}
         step = _one(moments, f"{name}.fc1.weight#step")
-        found |= {f"{n}#step": step for n in parameters if n.startswith((f"{name}.experts.", f"{name}.shared."))}
+        found |= {
+            f"{n}#step": step.clone() for n in parameters if n.startswith((f"{name}.experts.", f"{name}.shared."))
+        }
     for name, parameter in parameters.items():
         if f"{name}#step" in found:
             continue
