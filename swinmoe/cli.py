@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Never
+from typing import Annotated, Any, Literal, Never
 
 import typer
 from typer.core import TyperGroup
@@ -79,6 +79,103 @@ def train(config: Config, overrides: Overrides = None, shrink: Shrink = False) -
 
 
 @app.command()
+def finetune(
+    config: Config,
+    overrides: Overrides = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="A run, checkpoint, saved model or another project's weights.", show_default=False),
+    ] = None,
+) -> None:
+    """Train on from somebody's weights: other classes, images, windows; with parts of the model frozen."""
+    from swinmoe.commands import finetune as command
+
+    command.run(config, source, overrides or [])
+
+
+Trained = Annotated[Path, typer.Argument(help="A run, checkpoint, saved model or weights.", show_default=False)]
+Rest = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="CONFIG may be left out if CKPT says its own."),
+]
+Weights = Annotated[
+    Literal["auto", "model", "average"],
+    typer.Option("--weights", help="The weights or their moving average; auto: the average if there is one."),
+]
+Images = Annotated[
+    list[str], typer.Argument(help="Pictures, folders of pictures, and key=value overrides.", show_default=False)
+]
+
+
+@app.command()
+def evaluate(
+    ckpt: Trained,
+    rest: Rest = None,
+    capacity: Annotated[
+        str | None, typer.Option("--capacity", help="Also at these capacity factors, e.g. 0.5,1,1.25,dropless.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for JSON, Markdown and pictures.")] = None,
+    weights: Weights = "auto",
+) -> None:
+    """Accuracy, by class, calibration, speed; with experts, what other capacities would give."""
+    from swinmoe.commands import evaluate as command
+
+    command.run(ckpt, rest or [], which=weights, capacity=capacity, out=out)
+
+
+@app.command()
+def fewshot(
+    ckpt: Trained,
+    rest: Rest = None,
+    shots: Annotated[int, typer.Option("--shots", help="Training images of each class.")] = 5,
+    draws: Annotated[int, typer.Option("--draws", help="Times to draw them anew.")] = 5,
+    l2: Annotated[float | None, typer.Option("--l2", help="The penalty; default: by leaving one out.")] = None,
+    knn: Annotated[int | None, typer.Option("--knn", help="Instead: so many nearest of all training images.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="A JSON file to write.")] = None,
+    weights: Weights = "auto",
+) -> None:
+    """Accuracy of a linear probe on frozen features from a few images a class, or of nearest neighbours."""
+    from swinmoe.commands import fewshot as command
+
+    command.run(ckpt, rest or [], which=weights, shots=shots, draws=draws, strength=l2, neighbours=knn, out=out)
+
+
+@app.command()
+def predict(
+    ckpt: Trained,
+    images: Images,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    weights: Weights = "auto",
+) -> None:
+    """The most likely classes of pictures."""
+    from swinmoe.commands import predict as command
+
+    paths, overrides = _paths(images)
+    command.run(ckpt, paths, overrides, which=weights, as_json=as_json)
+
+
+@app.command()
+def look(
+    ckpt: Trained,
+    images: Images,
+    out: Annotated[Path, typer.Option("--out", help="The PNG to write.")] = Path("experts.png"),
+    dark: Annotated[bool, typer.Option("--dark", help="For dark pages.")] = False,
+    weights: Weights = "auto",
+) -> None:
+    """Which expert takes which patch of pictures, layer by layer, as one image."""
+    from swinmoe.commands import look as command
+
+    paths, overrides = _paths(images)
+    command.run(ckpt, paths, overrides, which=weights, out=out, dark=dark)
+
+
+def _paths(words: list[str]) -> tuple[list[Path], list[str]]:
+    """Paths, and overrides: words with an equals sign that name no file."""
+    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    return [Path(word) for word in words if word not in overrides], overrides
+
+
+@app.command()
 def compare(config: Config, overrides: Overrides = None, shrink: Shrink = False) -> None:
     """Train dense and sparse twins side by side and write a report."""
     from swinmoe.commands import compare as command
@@ -100,6 +197,37 @@ def models(contains: Annotated[str, typer.Argument(help="Only names that contain
     from swinmoe.commands import models as command
 
     command.run(contains)
+
+
+@app.command()
+def convert(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SRC... DST [KEY=VALUE]...",
+            help="A file, all files of a job's ranks, or a folder; a new folder; settings of the model.",
+            show_default=False,
+        ),
+    ] = None,
+    to: Annotated[
+        str,
+        typer.Option("--to", help="swinmoe, microsoft, timm, torchvision, huggingface, tutel or tutel-master."),
+    ] = "swinmoe",
+    preset: Annotated[str | None, typer.Option("--preset", help="The named model that the weights belong to.")] = None,
+    allow: Annotated[list[str] | None, typer.Option("--allow", help="Pattern of names that need not fit.")] = None,
+    class_map: Annotated[
+        Path | None, typer.Option("--class-map", help="File of one old class index a line, for a new head.")
+    ] = None,
+    ranks: Annotated[int, typer.Option("--ranks", help="--to tutel: processes that will read the files.")] = 1,
+    listed: Annotated[bool, typer.Option("--list", help="List the published files (that contain SRC).")] = False,
+) -> None:
+    """Weights of Microsoft, timm, torchvision, Hugging Face, mmdet or Tutel into a model's folder, and back."""
+    from swinmoe.commands import convert as command
+
+    if listed:
+        command.list_released(words[0] if words else "")
+    else:
+        command.run(words or [], to=to, preset=preset, allow=allow or [], class_map=class_map, ranks=ranks)
 
 
 @app.command()

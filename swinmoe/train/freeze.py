@@ -18,7 +18,7 @@ _PARTS: dict[FreezePolicy, tuple[str, ...]] = {
 
 
 def freeze(model: SwinTransformer, policy: FreezePolicy) -> tuple[str, ...]:
-    """Stop gradients to the parameters that `policy` names; call it before experts are spread and the optimiser is made.
+    """Stop gradients to the parameters that `policy` names, before experts are spread and the optimiser is made.
 
     Frozen parameters take no optimiser state and no weight decay, and stay equal to the bit; gradients pass through
     them to what lies below. A router's bias of loss-free balancing rests with the router.
@@ -31,9 +31,13 @@ def freeze(model: SwinTransformer, policy: FreezePolicy) -> tuple[str, ...]:
     """
     layers = tuple(model.moe_layers())
     if policy in _PARTS and not layers:
-        raise ConfigError(f"finetune.freeze={policy!r} freezes parts of expert layers, and the model is dense; use none")
+        raise ConfigError(
+            f"finetune.freeze={policy!r} freezes parts of expert layers, and the model is dense; use none"
+        )
     if policy == "backbone" and model.num_classes == 0:
-        raise ConfigError("finetune.freeze='backbone' trains the head alone, and model.num_classes=0 means there is none")
+        raise ConfigError(
+            "finetune.freeze='backbone' trains the head alone, and model.num_classes=0 means there is none"
+        )
     prefixes = tuple(f"{layer}.{part}" for layer in layers for part in _PARTS.get(policy, ()))
     for name, parameter in model.named_parameters():
         if name.startswith(prefixes) if prefixes else policy == "backbone" and not name.startswith("head."):

@@ -1,0 +1,50 @@
+"""`swinmoe predict`: what a trained model takes pictures for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from swinmoe.commands.telling import telling
+from swinmoe.data.pictures import find_pictures, preparation
+from swinmoe.train.evaluate_scores import BEST
+from swinmoe.train.opened import open_model
+from swinmoe.train.pretrained import Which
+
+
+def run(checkpoint: Path, images: list[Path], overrides: list[str], *, which: Which, as_json: bool) -> None:
+    """Print the most likely classes of every picture in `images` (files and folders), as a table or as JSON.
+
+    Raises:
+        DataError: no pictures, or damaged ones.
+        SwinMoEError: see `open_model`.
+    """
+    paths = find_pictures(images)
+    opened = open_model(checkpoint, overrides, which)
+    prepare = preparation(opened.run.data)
+    size = opened.run.train.eval_batch_size
+    found: list[dict[str, Any]] = []
+    with telling("looking") as tell:
+        for start in range(0, len(paths), size):
+            part = paths[start : start + size]
+            logits = opened(prepare.tensor([prepare.picture(path) for path in part])).logits
+            top = logits.double().softmax(-1).topk(min(BEST, logits.shape[1]), dim=-1)
+            for path, values, classes in zip(part, top.values.tolist(), top.indices.tolist(), strict=True):
+                best = [
+                    {"class": index, "name": prepare.name(index), "probability": value}
+                    for index, value in zip(classes, values, strict=True)
+                ]
+                found.append({"image": str(path), "best": best})
+            tell(len(found), len(paths))
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    table = Table("image", "most likely", "next")
+    for item in found:
+        first, *rest = (f"{b['name']} {100 * b['probability']:.1f} %" for b in item["best"])
+        table.add_row(item["image"], first, ", ".join(rest))
+    Console(highlight=False).print(table)
