@@ -15,6 +15,7 @@ from swinmoe.config.checks import (
     divisors,
     probability,
 )
+from swinmoe.config.finetune import FinetuneConfig
 from swinmoe.config.model import ModelConfig, Pair
 from swinmoe.errors import ConfigError
 
@@ -113,6 +114,8 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.05
     clip_grad_norm: float | None = 5.0
+    layer_decay: float = 1.0
+    """Each layer's rate over that of the layer above it (BEiT, SimMIM); see `train.layer_decay`; 1 = one rate."""
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -124,6 +127,7 @@ class OptimConfig:
             eps=above(0, "use e.g. 1e-8"),
             weight_decay=at_least(0, "use 0 for none"),
             clip_grad_norm=above(0, "use null for no clipping"),
+            layer_decay=Range(0, 1, low_open=True, advice="use e.g. 0.9, or 1 for one rate"),
         )
 
 
@@ -333,6 +337,8 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    finetune: FinetuneConfig | None = None
+    """Set by `swinmoe finetune`: weights to start from, and what of them stays."""
 
     def __post_init__(self) -> None:
         check_folder_name("name", self.name, "; the folder above it is output_dir")

@@ -45,7 +45,7 @@ from swinmoe.runtime import agree
 from swinmoe.train.diagnose import first_non_finite, non_finite_parameter
 from swinmoe.train.loss_scale import LossScale, make_loss_scale
 from swinmoe.train.metrics import IdleExperts, RoutingMeter
-from swinmoe.train.optim import make_optimizer
+from swinmoe.train.optim import make_optimizer, set_rate
 from swinmoe.train.schedule import LearningRate, Length, make_learning_rate
 
 
@@ -113,8 +113,7 @@ class Arm:
         began = self._clock()
         self.model.train()
         self.lr = self.rate.at(self.step, self.seconds)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        set_rate(self.optimizer, self.lr)
         counted: list[StepResult] = []
         for micro, batch in enumerate(batches):
             with no_sync(self.model) if micro + 1 < len(batches) else nullcontext():
@@ -336,15 +335,26 @@ class Arm:
         return time.perf_counter()
 
 
-def make_arm(name: str, run: RunConfig, mesh: Mesh, accelerator: Any, length: Length, steps_per_epoch: int) -> Arm:
+def make_arm(
+    name: str,
+    run: RunConfig,
+    mesh: Mesh,
+    accelerator: Any,
+    length: Length,
+    steps_per_epoch: int,
+    prepare: Callable[[SwinTransformer], None] | None = None,
+) -> Arm:
     """Build, spread and wrap the model of `run`, with its optimiser and schedule.
 
     `accelerator` is `runtime.make_accelerator(...)`'s; initial weights depend on `run.seed` and parameter names only.
+    `prepare` is handed the whole model before it is spread: to load weights, to freeze parameters.
     """
     check_capacity(run, mesh.world)
     device = accelerator.device
     dtype = torch.float64 if run.train.precision == "fp64" else torch.float32
     raw = build_model(run.model, seed=run.seed, device=device, dtype=dtype)
+    if prepare is not None:
+        prepare(raw)
     apply_expert_parallel(raw, mesh)
     agree({f"the expert placement of {name!r}": _placement(raw, mesh)})
     decay = run.train.ema_decay
