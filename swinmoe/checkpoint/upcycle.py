@@ -151,7 +151,10 @@ def check_parent(layer: MoEMlp, parent: DenseMlp, how: Upcycling, name: str, *, 
             f"the MLP {name!r} has a second bias and moe.experts.fc2_bias={cfg.fc2_bias!r} has no place for it; set "
             "moe.experts.fc2_bias='learned'"
         )
-    return plan_experts(layer.cfg, parent.hidden, preserve=how.preserve)
+    plan = plan_experts(layer.cfg, parent.hidden, preserve=how.preserve)
+    if plan.parts > 1:
+        router_axes(layer)  # refuses a router whose experts cannot be given equal scores
+    return plan
 
 
 @torch.no_grad()
