@@ -27,7 +27,7 @@ from swinmoe.models import SwinTransformer
 from swinmoe.models.stage import offset_reference, stage_window
 
 Format = Literal["microsoft", "timm", "torchvision", "huggingface", "tutel", "tutel-master"]
-FORMATS: tuple[str, ...] = get_args(Format)
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 _DENSE: dict[str, tuple[Layout, Layout]] = {
     "microsoft": (MICROSOFT, MICROSOFT),

@@ -118,3 +118,22 @@ def huggingface_config(cfg: ModelConfig) -> dict[str, Any]:
     if cosine:
         config["pretrained_window_sizes"] = list(cfg.pretrained_window_sizes or (0,) * len(cfg.depths))
     return config
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """What transformers' `config.json` of `swin` or `swinv2` says that weights do not; {} for any other."""
+    if not isinstance(config, dict) or config.get("model_type") not in ("swin", "swinv2"):
+        return {}
+    names = {
+        "image_size": "img_size",
+        "patch_size": "patch_size",
+        "window_size": "window_size",
+        "drop_path_rate": "drop_path_rate",
+        "hidden_dropout_prob": "drop_rate",
+        "attention_probs_dropout_prob": "attn_drop_rate",
+    }
+    found = {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
+    windows = config.get("pretrained_window_sizes")
+    if windows and any(windows):
+        found["pretrained_window_sizes"] = windows
+    return found

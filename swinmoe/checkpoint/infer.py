@@ -71,6 +71,7 @@ def infer_config(source: Source, overrides: Mapping[str, Any] | None = None) -> 
         "absolute_pos_embed": "absolute_pos_embed" in named,
         "drop_path_rate": 0.0,
         **HABITS.get(source.layout.split("-")[0], {}),
+        **source.hints,
     }
     if dense:
         values["mlp_ratio"] = named[dense[0]].shape[0] / named[dense[0]].shape[1]
@@ -79,7 +80,7 @@ def infer_config(source: Source, overrides: Mapping[str, Any] | None = None) -> 
     ]
     if extra:
         values["extra_norm_every"] = min(extra) + 1
-    if not {"window_size", "img_size"} <= set(over):
+    if not {"window_size", "img_size"} <= {*over, *source.hints}:
         values |= _geometry(source, len(blocks), values)
     config = build(ModelConfig, merge(values, over))
     references = source_references(source, config)

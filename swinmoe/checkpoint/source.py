@@ -7,14 +7,17 @@ folder, as the zip they were published in, or by the name before `.rank0`; a fol
 from __future__ import annotations
 
 import io
+import json
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from swinmoe.checkpoint.huggingface import settings_of
 from swinmoe.checkpoint.layouts import recognise
 from swinmoe.checkpoint.naming import to_files
 from swinmoe.checkpoint.reader import model_config, read_model
@@ -44,7 +47,9 @@ class Source:
     aside: dict[str, Tensor] = field(default_factory=dict)
     """Those of them that tell of windows, by names of ours."""
     config: ModelConfig | None = None
-    """Where the source has one that we can read."""
+    """Where the source has one of ours."""
+    hints: dict[str, Any] = field(default_factory=dict)
+    """What another library's configuration beside the weights says, as keys of `ModelConfig`."""
 
 
 def read_source(source: SourceLike, allow: Sequence[str] = ()) -> Source:
@@ -71,8 +76,10 @@ def _read_path(path: Path, allow: Sequence[str]) -> Source:
     if not path.exists():
         if f"{path.name}.rank0" in siblings:
             return _read_ranks(siblings, label, allow)
+        if f"{path.name}.global" in siblings:
+            return _interpret(_read_file(siblings[f"{path.name}.global"]), label)
         raise CheckpointError(f"{label!r} does not exist, nor {label + '.rank0'!r}; give a file, a folder or all files")
-    if zipfile.is_zipfile(path) and any(_RANK.fullmatch(name) for name in zipfile.ZipFile(path).namelist()):
+    if path.suffix == ".zip":
         return _read_archive(path, allow)
     if _RANK.fullmatch(path.name):
         stem = path.name.rsplit(".rank", 1)[0]
@@ -83,10 +90,12 @@ def _read_path(path: Path, allow: Sequence[str]) -> Source:
 
 def _read_folder(folder: Path, allow: Sequence[str]) -> Source:
     if (folder / "checkpoints").is_dir() or any(folder.rglob("*.safetensors")):
-        return replace(_interpret(dict(read_model(folder)), str(folder)), config=_config_of(folder))
+        found = _interpret(dict(read_model(folder)), str(folder))
+        return replace(found, config=_config_of(folder), hints=_hints_of(folder))
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if pickles:
-        return _interpret({n: t for path in pickles for n, t in _read_file(path).items()}, str(folder))
+        found = _interpret({n: t for path in pickles for n, t in _read_file(path).items()}, str(folder))
+        return replace(found, hints=_hints_of(folder))
     ranks = {path.name: path for path in folder.iterdir() if path.is_file()}
     stems = {match["stem"] for name in ranks if (match := _RANK.fullmatch(name))}
     if len(stems) == 1:
@@ -111,9 +120,21 @@ def _config_of(path: Path) -> ModelConfig | None:
         return None
 
 
+def _hints_of(folder: Path) -> dict[str, Any]:
+    try:
+        return settings_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise CheckpointError(f"{str(folder / 'config.json')!r} is not JSON: {error}") from error
+
+
 def _read_archive(path: Path, allow: Sequence[str]) -> Source:
-    with zipfile.ZipFile(path) as archive:
-        members = {Path(name).name: io.BytesIO(archive.read(name)) for name in archive.namelist() if name[-1] != "/"}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {Path(n).name: io.BytesIO(archive.read(n)) for n in archive.namelist() if n[-1] != "/"}
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{str(path)!r} is damaged, or no zip: {error}; get it again") from error
     return _read_ranks(members, str(path), allow)
 
 
