@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from swinmoe.checkpoint.naming import to_model
 from swinmoe.checkpoint.upcycle import (
     DenseMlp,
     Upcycling,
@@ -78,12 +79,20 @@ def upcycle_moments(
 
 
 def load_moments(optimizer: Optimizer, model: nn.Module, moments: Mapping[str, Tensor]) -> None:
-    """Give an optimiser over `model`'s parameters the state `moments`, named as `upcycle_moments` does.
+    """Give an optimiser over `model`'s parameters the state `moments`, named as `upcycle_moments` or as files do.
 
     Raises:
         CheckpointError: a parameter of the optimiser has none.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
+    keys = {name.partition("#")[2] for name in moments}
+    moments = {
+        f"{name}#{key}": value
+        for key in keys
+        for name, value in to_model(
+            {n.partition("#")[0]: v for n, v in moments.items() if n.endswith(f"#{key}")}
+        ).items()
+    }
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = {key: _one(moments, f"{names[parameter]}#{key}").clone() for key in (*_POWER, "step")}

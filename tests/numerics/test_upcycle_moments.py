@@ -10,6 +10,7 @@ from torch import Tensor
 
 from swinmoe.checkpoint.upcycle import Upcycling, upcycle
 from swinmoe.checkpoint.upcycle_moments import load_moments, upcycle_moments
+from swinmoe.commands.saving import moments_in_files
 from swinmoe.config import BalanceLossConfig, ExpertConfig, MoEConfig, OptimConfig, RouterConfig
 from swinmoe.errors import CheckpointError
 from swinmoe.models import SwinTransformer, build_model
@@ -107,7 +108,10 @@ def test_an_optimiser_goes_on_from_carried_moments():
     upcycle(dense, sparse)
     carried = upcycle_moments(moments, sparse)
     new = make_optimizer(sparse, optim)
-    load_moments(new, sparse, carried)
+    load_moments(new, sparse, moments_in_files(carried))
+    for parameter, state in new.state.items():
+        name = next(n for n, p in sparse.named_parameters() if p is parameter)
+        assert all(torch.equal(value.double(), carried[f"{name}#{key}"].double()) for key, value in state.items())
     for model, optimizer in ((dense, adam), (sparse, new)):
         optimizer.zero_grad()
         loss_of(model, 5).backward()
