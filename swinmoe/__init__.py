@@ -14,6 +14,7 @@ from swinmoe.version import __version__
 if TYPE_CHECKING:
     from swinmoe.checkpoint.experts_edit import grow_experts, keep_experts, prune_experts
     from swinmoe.checkpoint.experts_merge import merge_experts
+    from swinmoe.checkpoint.pretrained import from_pretrained, save_pretrained
     from swinmoe.checkpoint.sparsify import collect_routing, sparsify
     from swinmoe.checkpoint.upcycle import Upcycling, upcycle
     from swinmoe.checkpoint.usage import measure_usage
@@ -39,6 +40,7 @@ __all__ = [
     "collect_routing",
     "count",
     "create_model",
+    "from_pretrained",
     "from_tutel",
     "grow_experts",
     "keep_experts",
@@ -49,11 +51,13 @@ __all__ = [
     "register_expert",
     "register_router",
     "register_with_timm",
+    "save_pretrained",
     "sparsify",
     "upcycle",
 ]
 
 _HOMES = {
+    "swinmoe.checkpoint.pretrained": ("from_pretrained", "save_pretrained"),
     "swinmoe.checkpoint.experts_edit": ("grow_experts", "keep_experts", "prune_experts"),
     "swinmoe.checkpoint.experts_merge": ("merge_experts",),
     "swinmoe.checkpoint.sparsify": ("collect_routing", "sparsify"),
