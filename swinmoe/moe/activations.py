@@ -21,7 +21,10 @@ class Activation:
         raise NotImplementedError
 
     def gradient(self, grad: Tensor, pre: Tensor) -> Tensor:
-        """Gradient of `pre` from the gradient of the value; override it where a faster form is known."""
+        """Gradient of `pre` from the gradient of the value; override it where a faster form is known.
+
+        `grad` is the caller's to lose: the result may stand in its memory.
+        """
         with torch.enable_grad():
             leaf = pre.detach().requires_grad_()
             return torch.autograd.grad(self.value(leaf), leaf, grad)[0]
@@ -36,7 +39,7 @@ class Gelu(Activation):
 
     def gradient(self, grad: Tensor, pre: Tensor) -> Tensor:
         """(n, F) -> (n, F)."""
-        out: Tensor = torch.ops.aten.gelu_backward(grad, pre)
+        out: Tensor = torch.ops.aten.gelu_backward.grad_input(grad, pre, grad_input=grad)
         return out
 
 
@@ -49,7 +52,7 @@ class Relu(Activation):
 
     def gradient(self, grad: Tensor, pre: Tensor) -> Tensor:
         """(n, F) -> (n, F)."""
-        return grad * (pre > 0)
+        return grad.mul_(pre > 0)
 
 
 class SwiGlu(Activation):

@@ -239,13 +239,15 @@ def _blocked_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_fc2 = _WeightGradient(ctx.parameters[1], ctx.creates_graph) if needs_fc2 else None
     grad_b1 = fc1.new_zeros(fc1.shape[:2], dtype=ctx.bias_dtypes[0]) if needs_b1 else None
     grad_b2 = fc2.new_zeros(fc2.shape[:2], dtype=ctx.bias_dtypes[1]) if needs_b2 else None
+    # One buffer for all blocks stays in the cache, where a fresh one each would be touched for the first time.
+    scratch = grad.new_empty(max((stop - start for _, start, stop in ctx.blocks), default=0), fc2.shape[2])
     for (expert, start, stop), pre, hidden in zip(ctx.blocks, activations[::2], activations[1::2], strict=True):
         grad_out = grad[start:stop]
         if grad_b2 is not None:
             grad_b2[expert] += grad_out.sum(0)
         if grad_fc2 is not None:
             grad_fc2.add(expert, grad_out, hidden)
-        grad_hidden = grad_out @ fc2[expert].to(grad_out.dtype)
+        grad_hidden = torch.mm(grad_out, fc2[expert].to(grad_out.dtype), out=scratch[: stop - start])
         if keep is not None:
             grad_hidden.mul_(keep[start:stop]).mul_(ctx.scale)
         grad_pre = ctx.activation.gradient(grad_hidden, pre)
