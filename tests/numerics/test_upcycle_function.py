@@ -30,7 +30,12 @@ def parent(preset: str = "swin_v1_mini_16_p2_w4", dtype: torch.dtype = torch.flo
 
 def child(dense: SwinTransformer, moe: MoEConfig, seed: int = 1) -> SwinTransformer:
     cfg = replace(dense.config, moe=moe, moe_blocks=((), (0, 1)))
-    return build_model(cfg, seed=seed, dtype=dense.norm.weight.dtype).eval()
+    sparse = build_model(cfg, seed=seed, dtype=dense.norm.weight.dtype).eval()
+    with torch.no_grad():  # routers need not be fresh
+        for name, parameter in sparse.named_parameters():
+            if name.endswith("router.projector.bias"):
+                parameter += 0.3
+    return sparse
 
 
 def images(dtype: torch.dtype = torch.float64, count: int = 12) -> Tensor:
