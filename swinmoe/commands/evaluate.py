@@ -53,7 +53,9 @@ def run(checkpoint: Path, rest: list[str], *, which: Which, capacity: str | None
         if swept:
             points = [CapacityPoint(str(p["factor"]), p["accuracy"], p["drop_fraction"]) for p in result["capacity"]]
             (out / "capacity.png").write_bytes(capacity_figure(points))
-        Console(stderr=True).print(f"written to {out}: evaluation.json, evaluation.md and pictures", markup=False)
+        Console(stderr=True).print(
+            f"written to {out}: evaluation.json, evaluation.md and pictures", markup=False, soft_wrap=True
+        )
 
 
 def parse_factors(text: str) -> list[Factor]:

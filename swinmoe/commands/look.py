@@ -53,4 +53,8 @@ def run(checkpoint: Path, images: list[Path], overrides: list[str], *, which: Wh
     out.write_bytes(patch_sheet(shown, moe.num_experts, DARK if dark else LIGHT))
     console = Console(stderr=True, highlight=False)
     dropped = sum(int((grid < 0).sum()) for grid in grids.values())
-    console.print(f"{out}: {len(paths)} pictures, {len(grids)} expert layers, {dropped} patches dropped", markup=False)
+    console.print(
+        f"{out}: {len(paths)} pictures, {len(grids)} expert layers, {dropped} patches dropped",
+        markup=False,
+        soft_wrap=True,
+    )

@@ -43,7 +43,9 @@ def run(checkpoint: Path, images: list[Path], overrides: list[str], *, which: Wh
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    table = Table("image", "most likely", "next")
+    table = Table()
+    for heading in ("image", "most likely", "next"):
+        table.add_column(heading, overflow="fold")  # a path cut short names no file
     for item in found:
         first, *rest = (f"{b['name']} {100 * b['probability']:.1f} %" for b in item["best"])
         table.add_row(item["image"], first, ", ".join(rest))
