@@ -191,6 +191,32 @@ def report(folder: Annotated[Path, typer.Argument(help="A run's output folder.",
     command.run(folder)
 
 
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(help="A checkpoint, a saved model, a run's folder or a .safetensors file.", show_default=False),
+]
+
+
+@app.command()
+def inspect(
+    checkpoint: Checkpoint,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and hold it against its hash.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="Every expert's tensors in lines of their own.")] = False,
+) -> None:
+    """Show what a checkpoint holds, or all checkpoints of a run."""
+    from swinmoe.commands import inspect as command
+
+    command.run(checkpoint, verify=verify, tensors=tensors)
+
+
+@app.command()
+def diff(first: Checkpoint, second: Checkpoint) -> None:
+    """Show in what two checkpoints differ. Exit status 1: they do."""
+    from swinmoe.commands import diff as command
+
+    raise typer.Exit(command.run(first, second))
+
+
 @app.command()
 def models(contains: Annotated[str, typer.Argument(help="Only names that contain this.")] = "") -> None:
     """List the named models with their parameters and FLOPs."""

@@ -128,8 +128,8 @@ def _fetched(source: Path | str) -> Path:
     except Exception as error:  # whatever the network, the hub and its client come up with
         said = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{name!r} is no folder here, and the Hugging Face hub did not give it ({said}); give the folder of a saved "
-            "model, a checkpoint or a run"
+            f"{name!r} is no folder here, and the Hugging Face hub did not give it ({said}); give the folder of a "
+            "saved model, a checkpoint or a run"
         ) from error
 
 

@@ -91,6 +91,11 @@ class Arm:
         return self.length.done(self.step, self.seconds)
 
     @property
+    def unlogged_steps(self) -> int:
+        """Steps since `take_log`."""
+        return self._logged_steps
+
+    @property
     def images(self) -> int:
         """Images trained on so far, over all ranks."""
         return self.step * self.run.train.batch_size

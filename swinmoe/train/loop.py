@@ -77,7 +77,7 @@ def _train(job: Job, arms: Sequence[Arm], step: int, saver: Saver) -> None:
 def _preempt(job: Job, arms: Sequence[Arm], step: int, saver: Saver, signal: str) -> Never:
     if saver.last_step != step:
         for arm in arms:
-            if arm.step == step:
+            if arm.unlogged_steps:  # sums on their way to the log are not saved
                 _log_step(job, arm)
         save(job, saver, arms, step)
     saver.finish()

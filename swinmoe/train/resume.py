@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,16 @@ def save(job: Job, saver: Saver, arms: Sequence[Arm], step: int) -> None:
         # number of batches to notice another data set.
         "sampler": {"epoch": epoch, "batch": batch, "batches_per_epoch": job.stream.steps_per_epoch},
         "random": {"seed": job.run.seed, "next": [job.run.seed, "step", step], "scheme": "keyed by purpose"},
-        "provenance": describe_environment(),
+        "provenance": _provenance(),
     }
     job.records.sync()  # what the checkpoint builds on must not be younger on disk than the checkpoint
     saver.save(step, {arm.name: arm.content() for arm in arms}, state, _score(arms))
+
+
+@cache
+def _provenance() -> dict[str, Any]:
+    """What made this checkpoint; asked for once, because that starts processes."""
+    return describe_environment()
 
 
 def _score(arms: Sequence[Arm]) -> float | None:

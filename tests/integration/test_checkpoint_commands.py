@@ -1,0 +1,150 @@
+"""`swinmoe inspect` and `swinmoe diff` on the checkpoints of a real run; being told to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from crashes import RUN, curve, run_config, tensors
+from typer.testing import CliRunner
+
+from swinmoe import from_pretrained
+from swinmoe.checkpoint import checkpoints, load_checkpoint
+from swinmoe.cli import app
+from swinmoe.errors import Preempted
+from swinmoe.train import train
+from swinmoe.train.arm import Arm
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with three checkpoints."""
+    folder = tmp_path_factory.mktemp("inspected")
+    train(run_config(folder, checkpoint={"every_steps": 6, "keep_last": 9}), show=False)
+    return folder
+
+
+def _swinmoe(*words: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.output
+
+
+def test_inspect_shows_steps_experts_and_hashes(run: Path) -> None:
+    status, said = _swinmoe("inspect", run / "run")
+    assert status == 0 and "step-00000006" in said and "complete" in said
+    newest = run / "run" / "checkpoints" / "step-00000016"
+    status, said = _swinmoe("inspect", newest, "--verify")
+    assert status == 0
+    for part in (
+        "checkpoint at step 16",
+        "4 experts",
+        "*.fc1.weight  4 of float32",
+        "verified: all",
+        "arm model: step 16",
+    ):
+        assert part in said, said
+    digest = next(r for n, r in _manifest(newest).items() if n.startswith("model-"))["sha256"]["head.weight"]
+    assert digest[:12] in said
+    status, said = _swinmoe("inspect", newest, "--tensors")
+    assert "3" in said and "*." not in said
+
+
+def _manifest(path: Path) -> dict:
+    return yaml.safe_load((path / "manifest.json").read_text())["files"]
+
+
+def test_diff_says_what_differs(run: Path) -> None:
+    folder = run / "run" / "checkpoints"
+    status, said = _swinmoe("diff", folder / "step-00000016", folder / "step-00000016")
+    assert status == 0 and "the same" in said
+    status, said = _swinmoe("diff", folder / "step-00000006", folder / "step-00000016")
+    assert status == 1 and "state: step is 6, and 16" in said and "numbers differ, by" in said
+
+
+def test_a_model_comes_straight_from_a_run(run: Path) -> None:
+    model = from_pretrained(run / "run")
+    saved = load_checkpoint(run / "run" / "checkpoints" / "step-00000016").tensors
+    assert torch.equal(model.head.weight, saved["model"]["head.weight"])
+    average = from_pretrained(run / "run" / "checkpoints" / "step-00000016", which="average")
+    assert torch.equal(average.head.weight, saved["average"]["head.weight"])
+    with torch.no_grad():
+        assert model(torch.rand(2, 1, *model.img_size)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("number", "processes", "asynchronous"), [("SIGTERM", 1, True), ("SIGUSR1", 2, False)])
+def test_told_to_stop_it_saves_and_says_so_by_its_status(
+    tmp_path: Path, number: str, processes: int, asynchronous: bool
+) -> None:
+    """Status 75 on all ranks, though one alone was told."""
+    tree = RUN | {
+        "train": {**RUN["train"], "steps": 400, "eval_every_epochs": None},
+        "checkpoint": {"every_epochs": 0, "asynchronous": asynchronous},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    argv = ["train", str(tmp_path / "run.yaml"), f"output_dir={tmp_path}"]
+    argv += [f"parallel.ep_size={processes}"] if processes > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    ranks = []
+    port = _free_port()
+    for rank in range(processes):
+        place = {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": str(port)} if processes > 1 else {}
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "swinmoe.cli", *argv],
+                env=environment | place,
+                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                text=True,
+            )
+        )
+    records = tmp_path / "run" / "records.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and (not records.exists() or records.read_text().count('"kind":"step"') < 3):
+        assert all(rank.poll() is None for rank in ranks), [rank.communicate()[1] for rank in ranks]
+        time.sleep(0.02)
+    ranks[-1].send_signal(getattr(signal, number))
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [75] * processes, said
+    assert sum(text.count(f"swinmoe: stopped by {number} after step") for text in said) == 1, said
+    [saved] = checkpoints(tmp_path / "run" / "checkpoints")
+    assert load_checkpoint(saved).state["arms"]["model"]["step"] == int(saved.name.removeprefix("step-")) < 400
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_after_a_stop_the_run_goes_on_as_if_nothing_had_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes in the middle of a step; that step is finished, saved, and the rest follows from it."""
+    train(run_config(tmp_path / "whole"), show=False)
+    sound = Arm.train_step
+
+    def struck(self: Arm, batches: object) -> None:
+        if self.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        sound(self, batches)  # type: ignore[arg-type]
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patched:
+        patched.setattr(Arm, "train_step", struck)
+        with pytest.raises(Preempted, match="stopped by SIGTERM after step 7, which is saved; go on with resume=auto"):
+            train(run_config(tmp_path / "stopped"), show=False)
+    assert signal.getsignal(signal.SIGTERM) == before
+    train(run_config(tmp_path / "stopped", resume="auto"), show=False)
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+    ours, theirs = tensors(tmp_path / "stopped"), tensors(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
