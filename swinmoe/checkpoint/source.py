@@ -65,6 +65,8 @@ def read_source(source: SourceLike, allow: Sequence[str] = ()) -> Source:
     paths = [Path(path) for path in source]
     if len(paths) == 1:
         return _read_path(paths[0], allow)
+    if len({path.name for path in paths}) < len(paths):
+        raise CheckpointError(f"of {len(paths)} files some have the same name; give the files of one folder")
     return _read_ranks({path.name: path for path in paths}, f"{len(paths)} files", allow)
 
 
@@ -143,7 +145,7 @@ def _read_ranks(files: Mapping[str, Path | io.BytesIO], label: str, allow: Seque
     if not numbers:
         if len(files) == 1:
             return _interpret(_read_file(next(iter(files.values()))), label)
-        raise CheckpointError(f"{label}: {sorted(files)[:4]} are not the files of ranks (NAME.rank0, NAME.rank1 ...)")
+        return _interpret(_merge({name: _read_file(file) for name, file in files.items()}), label)
     missing = sorted(set(range(max(numbers) + 1)) - set(numbers))
     if missing:
         raise CheckpointError(
@@ -156,6 +158,21 @@ def _read_ranks(files: Mapping[str, Path | io.BytesIO], label: str, allow: Seque
     master = _read_file(files[masters[0]]) if masters else None
     state, notes = join_ranks(ranks, master, allow)
     return _interpret(state, label, notes)
+
+
+def _merge(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Files that share one model's tensors out among them."""
+    homes: dict[str, str] = {}
+    state: dict[str, Tensor] = {}
+    for file, part in parts.items():
+        for name, tensor in part.items():
+            if name in state:
+                raise CheckpointError(
+                    f"{name!r} is in both {homes[name]!r} and {file!r}, which are not the files of ranks (NAME.rank0, "
+                    "NAME.rank1 ...); give the files of one model"
+                )
+            homes[name], state[name] = file, tensor
+    return state
 
 
 def _read_file(file: Path | io.BytesIO) -> dict[str, Tensor]:

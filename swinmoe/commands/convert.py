@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,9 +12,10 @@ from safetensors.torch import save_file
 from swinmoe.checkpoint.convert import model_of
 from swinmoe.checkpoint.export import FORMATS, Format, write_export
 from swinmoe.checkpoint.load_report import LoadReport
+from swinmoe.checkpoint.pretrained import save_pretrained
 from swinmoe.checkpoint.released import released
 from swinmoe.checkpoint.source import Source, read_source
-from swinmoe.commands.saving import check_free, save_model
+from swinmoe.commands.saving import check_free
 from swinmoe.config.io import parse_overrides
 from swinmoe.errors import ConfigError, did_you_mean
 
@@ -62,11 +64,15 @@ def run(
         source, preset=preset, overrides=parse_overrides(settings), allow=allow, class_map=class_map
     )
     if to == "swinmoe":
-        save_model(model, target)
+        save_pretrained(model, target)
     else:
         write_export(model, target, _format(to), num_ranks=ranks)
     console.print(f"layout {source.layout} -> {to}, written to {target}", highlight=False)
-    console.print(report.summary(), highlight=False, markup=False)
+    kept = replace(report, unused=tuple(name for name in report.unused if name not in source.derived))
+    console.print(kept.summary(), highlight=False, markup=False)
+    if source.derived:
+        count = len(source.derived)
+        console.print(f"  {count} left aside that follow from the configuration: {', '.join(source.derived[:2])} ...")
 
 
 def list_released(contains: str) -> None:

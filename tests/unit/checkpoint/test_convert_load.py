@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from swinmoe.checkpoint.load import load_pretrained
-from swinmoe.config import ModelConfig
+from swinmoe.config import ModelConfig, MoEConfig
 from swinmoe.errors import CheckpointError
 from swinmoe.models import SwinTransformer, build_model
+from swinmoe.moe import MoEMlp
 
 SMALL = {"img_size": (32, 32), "window_size": (4, 4), "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 4)}
 
@@ -38,6 +39,36 @@ def test_loads_and_reports_every_tensor_once() -> None:
     assert set(report.loaded) == set(source.state_dict())
     assert report.unused == ("layers.0.blocks.0.attn.relative_position_index",)  # follows from the configuration
     assert not (report.missing or report.resized or report.reinitialised)
+
+
+@torch.no_grad()
+def test_prefixes_and_several_files(tmp_path) -> None:
+    source, model = small(1), small(2)
+    state = {f"module.{name}": tensor for name, tensor in source.state_dict().items()}
+    names = sorted(state)
+    torch.save({name: state[name].clone() for name in names[:9]}, tmp_path / "a.pth")
+    torch.save({"state_dict": {name: state[name].clone() for name in names[9:]}}, tmp_path / "b.pth")
+    load_pretrained(model, [tmp_path / "a.pth", tmp_path / "b.pth"])
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"is in both 'a\.pth' and 'c\.pth'"):
+        torch.save({names[0]: state[names[0]].clone()}, tmp_path / "c.pth")
+        load_pretrained(model, [tmp_path / f"{name}.pth" for name in "abc"])
+    with pytest.raises(CheckpointError, match="some have the same name"):
+        load_pretrained(model, [tmp_path / "a.pth", tmp_path / "x" / "a.pth"])
+
+
+def test_what_tutels_gather_writes_is_read() -> None:
+    """Of a layer in the old form it writes the number of experts as a plain number."""
+    layer = MoEMlp(MoEConfig(num_experts=2), dim=4, hidden_dim=4)
+    state = {
+        "moe.gates.0.wg.weight": torch.randn(2, 4),
+        "moe._num_global_experts": 2,
+        **{f"moe.experts.batched_{part}_w": torch.randn(2, 4, 4) for part in ("fc1", "fc2")},
+        **{f"moe.experts.batched_{part}_bias": torch.randn(2, 4) for part in ("fc1", "fc2")},
+    }
+    model = torch.nn.ModuleDict({"moe": layer})
+    assert load_pretrained(model, state).unused == ("moe._num_global_experts",)
+    assert torch.equal(layer.experts.fc2_weight, state["moe.experts.batched_fc2_w"].transpose(1, 2))
 
 
 def test_refuses_what_is_missing_or_has_no_place_and_leaves_the_model_alone() -> None:
