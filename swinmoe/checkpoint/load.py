@@ -40,8 +40,8 @@ def load_pretrained(
     Args:
         model: its parameters are overwritten, and left alone if anything is wrong.
         source: a state dict; a file; a list of files; a folder; see `swinmoe.checkpoint.source`.
-        allow: patterns (`head.*`) of names that may be missing, unused, of another shape, or differ between ranks. A
-            tensor of another shape is left at its initial value.
+        allow: patterns (`head.*`) of names that may be missing, unused, or of another shape, which are left at their
+            initial values; `ranks:` before a pattern lets what ranks share differ between their files.
         class_map: for each class of the model its index among the source's, as numbers or a file of one a line.
 
     Returns:

@@ -67,7 +67,7 @@ def join_ranks(
     Args:
         ranks: in the order of ranks; all names, or those of experts only where there is a `master`.
         master: what ranks share, of Microsoft's final files. It also has rank 0's part of frozen biases.
-        allow: patterns of shared names that may differ between ranks; rank 0's are taken then.
+        allow: patterns, as `ranks:norm.*`, of shared names that may differ between ranks; rank 0's are taken then.
 
     Returns:
         Names -> tensors with experts whole, and what was changed in taking them: name -> how.
@@ -233,9 +233,9 @@ def _compare(name: str, tensors: Sequence[Tensor], allow: Sequence[str]) -> str:
     if any(tensor.shape != tensors[0].shape for tensor in tensors):
         raise CheckpointError(f"{name!r} has another shape on some ranks; the files are not of one checkpoint")
     gap = max(float((tensor.double() - tensors[0].double()).abs().max()) for tensor in tensors)
-    if not any(fnmatchcase(name, pattern) for pattern in allow):
+    if not any(fnmatchcase(f"ranks:{name}", pattern) for pattern in allow if pattern.startswith("ranks:")):
         raise CheckpointError(
             f"{name!r} should be the same on all ranks and differs by up to {gap:.1e} (ranks that clip their gradients "
-            f"one by one drift apart); allow it by name, e.g. {name!r} or '*', to take rank 0's"
+            "one by one drift apart); to take rank 0's, allow it by name: 'ranks:*', or a narrower pattern"
         )
     return f"differs between ranks by up to {gap:.1e}; rank 0's taken"

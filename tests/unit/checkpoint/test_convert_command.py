@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 from swinmoe.checkpoint.export import export_ranks, export_state, write_export
 from swinmoe.checkpoint.load import load_pretrained
 from swinmoe.checkpoint.reader import model_config, read_model
 from swinmoe.checkpoint.released import released
 from swinmoe.checkpoint.unpickle import read_pickle
+from swinmoe.cli import app
 from swinmoe.commands import convert
 from swinmoe.config import ExpertConfig, ModelConfig, MoEConfig
 from swinmoe.config.io import parse_overrides
@@ -290,6 +292,19 @@ def test_published_files_name_presets_that_exist_and_settings_that_fit() -> None
                 assert config.num_classes == 21841
             if "patch4_window" in item.name and "to" not in item.name.split("patch4_")[1]:
                 assert f"_window{config.window_size[0]}_{config.img_size[0]}" in item.name
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    torch.save({"model": dense().state_dict()}, tmp_path / "x.pth")
+    run = CliRunner()
+    words = ["convert", str(tmp_path / "x.pth"), str(tmp_path / "timm"), "num_classes=3", "--to", "timm"]
+    refused = run.invoke(app, words)
+    assert isinstance(refused.exception, CheckpointError) and "head.weight" in str(refused.exception)
+    done = run.invoke(app, [*words, "--allow", "head.*"])
+    assert done.exit_code == 0
+    assert "layout microsoft -> timm" in done.output and "2 initialised anew: head.weight" in done.output
+    assert read_model(tmp_path / "timm" / "model.safetensors")["head.fc.weight"].shape == (3, 16)
+    assert "swin_moe_s_192_w12_e32_cosine" in run.invoke(app, ["convert", "--list", "cosine"]).output
 
 
 def test_list_prints_a_command_for_each(capsys: pytest.CaptureFixture) -> None:
