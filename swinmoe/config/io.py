@@ -23,8 +23,11 @@ RUN_KEYS = frozenset(f.name for f in fields(RunConfig)) - {f.name for f in field
 
 
 def read_yaml(path: Path | str) -> Tree:
-    """The mapping in a YAML file; `ConfigError` if it is missing, unreadable, malformed or not a mapping."""
-    path = Path(path)
+    """The mapping in a YAML file; `ConfigError` if it is missing, unreadable, malformed or not a mapping.
+
+    Where there is no such file, a config that comes with the package is meant: `configs/debug/x.yaml`.
+    """
+    path = _shipped(Path(path))
     if path.is_dir():
         inside = sorted(p.name for p in path.glob("*.yaml"))[:8]
         raise ConfigError(
@@ -50,6 +53,18 @@ def read_yaml(path: Path | str) -> Tree:
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {str(path)!r} holds a {type(tree).__name__}; a mapping of keys is needed")
     return tree
+
+
+def _shipped(path: Path) -> Path:
+    """`path`, or what the package brings under that name: in a wheel inside it, in a clone beside it."""
+    if path.exists() or path.is_absolute():
+        return path
+    package = Path(__file__).parents[1]
+    for configs in (package / "_configs", package.parent / "configs"):
+        inside = configs / path.relative_to("configs") if path.parts[:1] == ("configs",) else configs / path
+        if inside.is_file():
+            return inside
+    return path
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
