@@ -14,17 +14,19 @@ import yaml
 
 from swinmoe.compare import compare, resolve_arms
 from swinmoe.config import CompareConfig, RunConfig, resolve_style
-from swinmoe.config.io import build, dump, load, read_yaml
+from swinmoe.config.io import build, dump, load, merge, read_yaml
 from swinmoe.config.shrink import shrink, shrink_comparison
 from swinmoe.models.build import build_model
 from swinmoe.models.counts import count
 from swinmoe.records import read_records
 from swinmoe.train import train
+from swinmoe.train.finetune import finetune, plan_finetuning
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 COMPARISONS = [file for file in FILES if file.startswith("configs/compare/")]
 DEBUG = [file for file in FILES if file.startswith("configs/debug/")]
+FINETUNE = [file for file in FILES if file.startswith("configs/finetune/")]
 
 
 LESS_WORK = ("log.every_steps=4", "log.peak_flops=1e11", "train.eval_every_epochs=null")
@@ -46,7 +48,17 @@ def runs_of(file: str) -> dict[str, RunConfig]:
     if file.startswith("configs/compare/"):
         config = load(CompareConfig, ROOT / file)
         return resolve_arms(config, config.seeds[0])
-    return {"": load(RunConfig, ROOT / file)}
+    if file not in FINETUNE:
+        return {"": load(RunConfig, ROOT / file)}
+    before = read_back(load(RunConfig, pretraining(file)[0]))["model"]
+    return {"": load(RunConfig, ROOT / file, prepare=lambda tree: {**tree, "model": merge(before, tree["model"])})}
+
+
+def pretraining(file: str) -> tuple[Path, bool]:
+    """The config that a fine-tuning's header goes on from, and whether it is its dense twin."""
+    found = re.search(r"--from runs/pretrain_(\w+)", header(file))
+    assert found is not None
+    return ROOT / f"configs/pretrain/{found[1].removesuffix('_dense')}.yaml", found[1].endswith("_dense")
 
 
 def read_back(run: RunConfig) -> dict[str, Any]:
@@ -69,7 +81,7 @@ def test_there_are_configs():
 @pytest.mark.parametrize("file", FILES)
 def test_its_header_says_command_cost_and_expected_result(file):
     text = header(file)
-    command = "compare" if file.startswith("configs/compare/") else "train"
+    command = {"compare": "compare", "finetune": "finetune"}.get(file.split("/")[1], "train")
     assert re.search(rf"^Command: .*\b{command} {file}\b", text, re.MULTILINE)
     assert re.search(r"^Cost: \S", text, re.MULTILINE)
     assert re.search(r"^Expected: \S", text, re.MULTILINE)
@@ -128,6 +140,19 @@ def test_a_recipe_steps_twice_when_shrunk(file, tmp_path):
     assert arm.run.model.style == runs_of(file)[""].model.style
 
 
+@pytest.mark.parametrize("file", FINETUNE)
+def test_a_fine_tuning_goes_on_from_what_its_header_names(file, tmp_path):
+    """On a few synthetic images, from the pre-training that the header names, two steps each."""
+    few = ["train.steps=2", "train.batch_size=8", "schedule.warmup_steps=1", "log.peak_flops=1e11"]
+    few += ["data.name=synthetic", "data.channels=1", "data.synthetic_samples=16", f"output_dir={tmp_path}"]
+    source, dense = pretraining(file)
+    folder, _ = train(load(RunConfig, source, [*few, *["model.moe=null"] * dense]), show=False)
+    plan = plan_finetuning(ROOT / file, folder, few)
+    tuned, arm = finetune(plan, show=False)
+    assert arm.run.model.moe is not None and arm.run.model.img_size == arm.run.data.image_size
+    assert [record["step"] for record in read_records(tuned / "records.jsonl") if record["kind"] == "final"] == [2]
+
+
 @pytest.mark.parametrize("file", COMPARISONS)
 def test_a_comparison_ends_with_a_report(file, tmp_path):
     """The debug ones as they are; the others shrunk to two steps."""
@@ -152,6 +177,13 @@ NOWHERE = {
     "LogConfig.tensorboard": "needs an optional package",
     "DataConfig.root": "a place on the user's machine",
     "DataConfig.download": "tests stay off the network",
+    "FinetuneConfig.source": "--from says it",
+    "FinetuneConfig.weights": "auto is right for all; test_finetune runs the others",
+    "FinetuneConfig.class_map": "a file of the user's; test_finetune has one",
+    "FinetuneConfig.balance": "follows from the policy; test_finetune runs both",
+    "FinetuneConfig.allow": "for files of others that do not fit",
+    "UpcycleConfig.preserve": "tests of upcycling run it",
+    "UpcycleConfig.seed": "as good as any other",
     "ParallelConfig.ep_size": "a file must run on one process; launch/ and the README set it",
     "ParallelConfig.weight_group": "needs ep_size > 1",
     "ParallelConfig.exchange": "needs ep_size > 1",
