@@ -7,7 +7,8 @@
 #   --processes N   how many processes; default: one per GPU, or 1 without a GPU
 #   --cpu           stay on the CPU (gloo) although there are GPUs
 #   --max-restarts R  when a process dies or fails unforeseen start all of them again, at most R times (default 0); needs
-#                   resume=auto. What the user has to mend (status 2) and an interrupt end the job.
+#                   resume=auto. What the user has to mend (status 2), an interrupt, and a stop with all saved (status 75)
+#                   end the job.
 #
 # The exit status is that of the process that failed first, or 0. Set PYTHON to choose an interpreter, OMP_NUM_THREADS for
 # threads per process (default: this machine's cores, shared out), MASTER_PORT for a fixed port (default: a free one).
@@ -74,7 +75,7 @@ any_alive() {
 await_children() { # at most $1 tenths of a second; false if some are left then
   for ((tenth = 0; tenth < $1; tenth++)); do
     any_alive || return 0
-    sleep 0.1
+    sleep 0.1 || true # a signal to all of the process group ends it
   done
   return 1
 }
@@ -84,7 +85,11 @@ end_children() {
   await_children 100 || stop_children KILL
 }
 trap 'end_children; exit 130' INT
-trap 'end_children; exit 143' TERM
+# Whoever asks the job to stop gets a checkpoint and status 75: the ranks settle on a step, save and end by themselves. A
+# scheduler that loses patience kills.
+stopping=""
+trap 'stopping=yes; stop_children TERM' TERM
+trap 'stopping=yes; stop_children USR1' USR1
 trap 'end_children; exit 129' HUP
 
 start_children() {
@@ -110,7 +115,7 @@ watch_children() {
   waiting=("${children[@]}")
   code=0
   while [[ ${#waiting[@]} -gt 0 ]]; do
-    sleep 0.2
+    sleep 0.2 || true
     running=()
     for child in "${waiting[@]}"; do
       if kill -0 "$child" 2> /dev/null; then
@@ -141,6 +146,7 @@ for ((restart = 0; ; restart++)); do
   export TORCHELASTIC_RESTART_COUNT="$restart"
   start_children "$@"
   watch_children
-  if [[ "$code" -eq 0 || "$code" -eq 2 || "$code" -eq 130 || "$restart" -ge "$restarts" ]]; then exit "$code"; fi
+  case "$code" in 0 | 2 | 75 | 130) exit "$code" ;; esac
+  if [[ -n "$stopping" || "$restart" -ge "$restarts" ]]; then exit "$code"; fi
   echo "launch/local.sh: failed with exit status $code; starting again (restart $((restart + 1)) of $restarts)" >&2
 done

@@ -17,8 +17,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """While open, the first signal is only noted, and a second one does what it did before. Elsewhere than on the main
-    thread, where handlers cannot be set, signals do what they always do."""
+    """While open, signals are only noted, however often they come: a scheduler that signals a whole process group and
+    a launcher that passes the signal on say it twice. Elsewhere than on the main thread, where handlers cannot be set,
+    signals do what they always do."""
 
     def __init__(self) -> None:
         self._caught = 0
@@ -30,7 +31,8 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def agree(self, mesh: Mesh, busy: bool) -> tuple[str | None, bool]:
         """The signal that any rank has caught, and whether any is `busy`: the same on all. A collective call."""
@@ -40,9 +42,3 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._caught = number
-        self._restore()
-
-    def _restore(self) -> None:
-        before, self._before = self._before, {}
-        for number, handler in before.items():
-            signal.signal(number, handler)

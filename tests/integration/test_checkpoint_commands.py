@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -83,49 +82,46 @@ def test_a_model_comes_straight_from_a_run(run: Path) -> None:
         assert model(torch.rand(2, 1, *model.img_size)).logits.isfinite().all()
 
 
-@pytest.mark.parametrize(("number", "processes", "asynchronous"), [("SIGTERM", 1, True), ("SIGUSR1", 2, False)])
-def test_told_to_stop_it_saves_and_says_so_by_its_status(
-    tmp_path: Path, number: str, processes: int, asynchronous: bool
-) -> None:
-    """Status 75 on all ranks, though one alone was told."""
+@pytest.mark.parametrize("told", ["the process", "one rank of two", "launcher and ranks alike"])
+def test_told_to_stop_it_saves_and_says_so_by_its_status(tmp_path: Path, told: str) -> None:
+    """Status 75, all ranks after the same step, though one alone was told, or all of them twice."""
+    processes = 1 if told == "the process" else 2
+    number = signal.SIGUSR1 if told == "one rank of two" else signal.SIGTERM
     tree = RUN | {
         "train": {**RUN["train"], "steps": 400, "eval_every_epochs": None},
-        "checkpoint": {"every_epochs": 0, "asynchronous": asynchronous},
+        "checkpoint": {"every_epochs": 0, "asynchronous": processes == 1},
+        "parallel": {"ep_size": processes},
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
-    argv = ["train", str(tmp_path / "run.yaml"), f"output_dir={tmp_path}"]
-    argv += [f"parallel.ep_size={processes}"] if processes > 1 else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    ranks = []
-    port = _free_port()
-    for rank in range(processes):
-        place = {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_PORT": str(port)} if processes > 1 else {}
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "swinmoe.cli", *argv],
-                env=environment | place,
-                stderr=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                text=True,
-            )
-        )
+    launcher = [str(ROOT / "launch" / "local.sh"), "--processes", str(processes), "--max-restarts", str(processes - 1)]
+    job = subprocess.Popen(
+        [*launcher, "train", str(tmp_path / "run.yaml"), f"output_dir={tmp_path}", "resume=auto"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
     records = tmp_path / "run" / "records.jsonl"
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and (not records.exists() or records.read_text().count('"kind":"step"') < 3):
-        assert all(rank.poll() is None for rank in ranks), [rank.communicate()[1] for rank in ranks]
+        assert job.poll() is None, job.communicate()[1]
         time.sleep(0.02)
-    ranks[-1].send_signal(getattr(signal, number))
-    said = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [75] * processes, said
-    assert sum(text.count(f"swinmoe: stopped by {number} after step") for text in said) == 1, said
+    if told == "one rank of two":
+        os.kill(_children(job.pid)[-1], number)
+    else:
+        os.killpg(job.pid, number)
+    _, said = job.communicate(timeout=120)
+    assert job.returncode == 75, said
+    assert said.count(f"swinmoe: stopped by {number.name} after step") == 1 and "starting again" not in said, said
     [saved] = checkpoints(tmp_path / "run" / "checkpoints")
     assert load_checkpoint(saved).state["arms"]["model"]["step"] == int(saved.name.removeprefix("step-")) < 400
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _children(parent: int) -> list[int]:
+    """Processes of swinmoe that `parent` started, oldest first."""
+    started = [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+    return [child for child in started if b"swinmoe.cli" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def test_after_a_stop_the_run_goes_on_as_if_nothing_had_been(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
