@@ -84,7 +84,10 @@ def show(proof: ParallelProof, single: ParallelProof, console: Console) -> None:
     console.print(table)
     if proof.routed:
         console.print(f"choices dropped: {proof.dropped} of {proof.routed}", markup=False)
-    console.print(f"smallest clip factor: {proof.clip_factor:.3g}" + " (never active)" * (proof.clip_factor == 1))
+    active = "never active" if proof.clip_factor == 1 else "active at every step"
+    if proof.clip_factor < 1 <= proof.largest_clip_factor:
+        active = "not active at every step"
+    console.print(f"clip factors: {proof.clip_factor:.3g} to {proof.largest_clip_factor:.3g} ({active})")
     console.print(f"what ranks share is bit-equal: {'yes' if proof.bit_equal else 'NO'}")
     for note in proof.set_aside:
         console.print(f"set aside for the proof: {note}", markup=False)

@@ -132,7 +132,7 @@ class _Witness:
         self._loss = self._last = self._norm = 0.0
         self._gradients = dict.fromkeys(self.names, 0.0)
         self._parameters = dict.fromkeys(self.end_names, 0.0)
-        self._clip = 1.0
+        self._clips: list[float] = []
         self._routed = self._dropped = 0
         self._same_counts = True
         self._dense, self._experts = hashlib.sha256(), hashlib.sha256()
@@ -152,7 +152,7 @@ class _Witness:
         """Hold the step just taken against the reference's."""
         limit, norm = self.arm.run.optim.clip_grad_norm, log["grad_norm"]
         factor = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
-        self._clip = min(self._clip, factor)
+        self._clips.append(factor)
         self._loss = _larger(self._loss, _relative(log["loss"] + log["aux_loss"], expected.loss))
         self._last = expected.loss
         self._norm = _larger(self._norm, _relative(norm, expected.norm))
@@ -205,18 +205,20 @@ class _Witness:
 
     def proof(self, **about: Any) -> ParallelProof:
         """Everything seen, equal on all ranks; a collective call."""
-        own = [self._last, self._loss, self._norm, self._clip, self._routed, self._dropped, self._same_counts]
+        clips = [min(self._clips, default=1.0), max(self._clips, default=1.0)]
+        own = [self._last, self._loss, self._norm, *clips, self._routed, self._dropped, self._same_counts]
         own += [*self._gradients.values(), *self._parameters.values()]
         if not self.mesh.is_main:
             own = [0.0] * len(own)
         vector = torch.tensor(own, dtype=torch.float64, device=self.arm.device)
-        last, loss, norm, clip, routed, dropped, same, *rest = global_sum(vector, self.mesh).tolist()
+        last, loss, norm, clip, largest_clip, routed, dropped, same, *rest = global_sum(vector, self.mesh).tolist()
         return ParallelProof(
             processes=self.mesh.world,
             loss=last,
             loss_difference=loss,
             norm_difference=norm,
             clip_factor=clip,
+            largest_clip_factor=largest_clip,
             routed=int(routed),
             dropped=int(dropped),
             same_counts=bool(same),

@@ -35,6 +35,8 @@ class ParallelProof:
     """After the last step, by parameter; those of the moving average as `average/NAME`."""
     clip_factor: float
     """The smallest factor that clipping applied; 1 = never active."""
+    largest_clip_factor: float
+    """The largest; below 1 = active at every step."""
     routed: int
     """Choices of all tokens in all expert layers and steps."""
     dropped: int

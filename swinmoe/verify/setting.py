@@ -24,13 +24,15 @@ SILENCED = {
 }
 """Keys that the proof sets, and to what: masks are drawn per rank, and a rounded payload is not equal to anything."""
 CLIP = 0.1
-"""A bound that every gradient of the proof exceeds, for runs that clip: clipping that never acts is not proven."""
+"""The largest bound of clipping that a proof has, for runs that clip. Gradients of stirred weights exceed it as a rule:
+`ParallelProof.largest_clip_factor` tells whether every one did."""
 
 
 def provable(run: RunConfig, *, world: int, steps: int, precision: str) -> tuple[RunConfig, tuple[str, ...]]:
     """`run` as it is proven, and what had to be changed, as `key=was -> is`.
 
-    The batch is a few images per rank, the rate is at its peak from the first step, dropout is off, and clipping acts.
+    The batch is a few images per rank, the rate is at its peak from the first step, dropout is off, and the bound of
+    clipping is at most `CLIP`. Length and warm-up are the proof's own and not among the notes.
     """
     micro = 3 * world if world > 1 else 4
     wanted: dict[str, Any] = {
@@ -40,7 +42,11 @@ def provable(run: RunConfig, *, world: int, steps: int, precision: str) -> tuple
         "train.batch_size": micro * run.train.accumulation,
         "train.precision": precision,
     }
-    notes = []
+    notes = [
+        f"{key}={was} -> {wanted[key]}"
+        for key in ("train.batch_size", "train.precision")
+        if (was := _look_up(run, key)) != wanted[key]
+    ]
     for key, silent in SILENCED.items():
         was = _look_up(run, key)
         if key == "parallel.payload" and precision != "fp64":

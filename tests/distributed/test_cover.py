@@ -22,7 +22,8 @@ pytestmark = pytest.mark.distributed
 
 FULL = bool(os.environ.get("SWINMOE_FULL"))
 STEPS = 10
-COVER, CANDIDATES = pairwise(AXES)
+COVER, CANDIDATES = pairwise(AXES, together=("spread", "travel", "layout"))
+"""Every way to travel on every mesh with either layout, and every two choices of all."""
 COVER_OF_SIX, _ = pairwise(SIX)
 FEW = 5
 """Cells on six processes in the default run: the first of a greedy cover hold the most pairs."""
@@ -42,9 +43,11 @@ def check(cell: Cell, answers: list[ParallelProof]) -> None:
     assert all(other == proof for other in others), "ranks do not agree on the proof"
     assert proof.proven, (str(cell), proof.failures)
     assert proof.tolerance == 1e-9 and proof.bit_equal
-    assert proof.processes == cell.processes and proof.set_aside == ()
+    assert proof.processes == cell.processes
+    # Lengths and precision of the proof itself; nothing of the model, the mesh or the losses.
+    assert all(note.startswith(("train.precision=", "train.batch_size=")) for note in proof.set_aside), proof.set_aside
     assert (proof.dropped > 0) == cell.drops, (proof.dropped, proof.routed)
-    assert proof.clip_factor < 1
+    assert 0 < proof.clip_factor <= proof.largest_clip_factor < 1, "a step was not clipped"
 
 
 def test_the_cover_is_large_and_complete() -> None:
@@ -54,9 +57,25 @@ def test_the_cover_is_large_and_complete() -> None:
     some = [cell for cell in _every_seventh(AXES) if has_meaning(cell)]
     assert len(some) > 300 and all(pair in met for cell in some for pair in _pairs(cell))
     assert _size(AXES) > 2 * CANDIDATES, "the config refuses nothing"
+    mesh = {(cell.spread, cell.travel, cell.layout) for cell in some}
+    assert mesh <= {(cell.spread, cell.travel, cell.layout) for cell in COVER}
     words = [" ".join(cell.columns()) for cell in (*COVER, *COVER_OF_SIX)]
-    for said in ("weights", "both", "2DH 2x2 ", "2DH 2x2, 2 chunks", "2DH 2x3", "2DH 3x2", "tokens padded flat fixed"):
+    for said in ("weights", "both by 2", "2DH 2x3", "2DH 3x2", "tokens padded flat fixed", "both by 3"):
         assert any(said in cell for cell in words), said
+
+
+def test_two_stages_are_two_and_meet_everything() -> None:
+    """A node of one rank, or one node, is a flat exchange by another name: none of it is counted."""
+    four, six = ([cell for cell in cells if cell.two_stages] for cells in (COVER, COVER_OF_SIX))
+    for cell in four + six:
+        parallel = run_of(cell).parallel
+        assert parallel.exchange == "2dh" and parallel.local_size is not None
+        per_node = parallel.local_size // parallel.weight_group
+        assert per_node > 1 and parallel.token_group // per_node > 1, str(cell)
+    assert len(four) >= 16 and len(six) >= 12
+    assert {(cell.travel[2], cell.training) for cell in four} == {
+        (chunks, training) for chunks in (1, 2) for training in ("clip", "accumulation", "checkpointing")
+    }
 
 
 def _pairs(cell: Cell) -> list[Any]:
@@ -103,7 +122,7 @@ def test_nodes_that_are_not_square(pool6: Pool, cell: Cell) -> None:
 # ----------------------------------------------------------------------------------------------------------- the breaks
 
 
-SQUARE = Cell((4, 2, 4), (1, "flat", None, 1), "padded", "fixed", "clip", 1, "global")
+SQUARE = Cell((4, 2, 4), ("tokens", None, 1), "padded", "fixed", "clip", 1, "global")
 """Two replicas of two ranks: sub-groups, and replicas to be summed."""
 
 

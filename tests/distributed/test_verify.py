@@ -22,7 +22,7 @@ from swinmoe.verify import TOLERANCE, ParallelProof, verify_parallel
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
-CELL = Cell((4, 4, 4), (1, "flat", None, 1), "ragged", "prioritised", "accumulation", 2, "global")
+CELL = Cell((4, 4, 4), ("tokens", None, 1), "ragged", "prioritised", "accumulation", 2, "global")
 
 
 def proof_of(config: str, overrides: dict[str, Any], steps: int) -> ParallelProof:
@@ -67,7 +67,7 @@ def test_tokens_and_weights_may_take_turns_between_steps(pool4: Pool) -> None:
 
 
 def in_float32(payload: str) -> tuple[ParallelProof, ParallelProof]:
-    cell = Cell((2, 2, 4), (1, "flat", None, 2), "padded", "fixed", "clip", 1, "local")
+    cell = Cell((2, 2, 4), ("tokens", None, 2), "padded", "fixed", "clip", 1, "local")
     run = with_overrides(run_of(cell), {"parallel": {"payload": payload}})
     return verify_parallel(run, steps=2), verify_parallel(run, steps=2, dtype=torch.float32)
 
@@ -75,9 +75,11 @@ def in_float32(payload: str) -> tuple[ParallelProof, ParallelProof]:
 @pytest.mark.parametrize(("payload", "least", "most"), [("full", 1e-9, 1e-5), ("bf16", 1e-5, 1e-1)])
 def test_float32_is_reported_as_it_trains(pool2: Pool, payload: str, least: float, most: float) -> None:
     proof, single = pool2.run(in_float32, payload)[0]
-    assert proof.proven and proof.set_aside == (("parallel.payload=bf16 -> full",) if payload == "bf16" else ())
+    rounded = ("parallel.payload=bf16 -> full",) if payload == "bf16" else ()
+    assert proof.proven
+    assert proof.set_aside == ("train.batch_size=4 -> 6", "train.precision=fp32 -> fp64", *rounded)
     assert single.dtype == "float32" and single.tolerance == TOLERANCE["float32"] and single.bit_equal
-    assert single.set_aside == () and least < single.worst_gradient[1] < most
+    assert single.set_aside == ("train.batch_size=4 -> 6",) and least < single.worst_gradient[1] < most
 
 
 def swinmoe(*argv: str, launcher: tuple[str, ...] = (), **env: str) -> subprocess.CompletedProcess[str]:
@@ -103,6 +105,8 @@ def test_the_command_starts_its_processes_and_proves(tmp_path: Path) -> None:
     assert "model.drop_path_rate=0.05 -> 0.0" in done.stdout
     found = json.loads(path.read_text())
     assert found["float64"]["proven"] and found["float64"]["processes"] == 2 and found["float64"]["clip_factor"] < 1
+    assert found["float64"]["clip_factor"] <= found["float64"]["largest_clip_factor"] < 1
+    assert "train.precision=fp32 -> fp64" in done.stdout and "clip factors: " in done.stdout
     assert found["float64"]["gradients"].keys() == found["float32"]["gradients"].keys()
 
 

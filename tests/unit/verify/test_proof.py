@@ -33,6 +33,7 @@ GOOD = ParallelProof(
     gradients={"a": 1e-15, "b": 1e-14},
     parameters={"a": 1e-13, "b": 0.0},
     clip_factor=0.5,
+    largest_clip_factor=0.75,
     routed=100,
     dropped=0,
     same_counts=True,
@@ -66,7 +67,12 @@ def test_a_proof_needs_everything() -> None:
 
 def test_what_cannot_be_shared_is_set_aside_and_said() -> None:
     run, notes = provable(tiny(), world=4, steps=7, precision="fp64")
-    assert notes == ("model.drop_path_rate=0.1 -> 0.0", f"optim.clip_grad_norm=5.0 -> {CLIP}")
+    assert notes == (
+        f"train.batch_size={tiny().train.batch_size} -> 24",
+        "train.precision=fp32 -> fp64",
+        "model.drop_path_rate=0.1 -> 0.0",
+        f"optim.clip_grad_norm=5.0 -> {CLIP}",
+    )
     assert run.model.drop_path_rate == 0 and run.train.precision == "fp64" and run.train.steps == 7
     assert run.train.batch_size == 2 * 12 and run.model.moe == tiny().model.moe
     assert provable(tiny(optim={"clip_grad_norm": None}), world=1, steps=1, precision="fp64")[0].optim == replace(
@@ -125,7 +131,7 @@ def test_one_process_is_a_mesh_too() -> None:
 
 def test_what_is_shown() -> None:
     out = io.StringIO()
-    bad = replace(GOOD, bit_equal=False, set_aside=("a=1 -> 0",), clip_factor=1.0)
+    bad = replace(GOOD, bit_equal=False, set_aside=("a=1 -> 0",), clip_factor=1.0, largest_clip_factor=1.0)
     command.show(bad, replace(GOOD, dtype="float32"), Console(file=out, width=120))
     text = out.getvalue()
     for said in (
@@ -136,6 +142,27 @@ def test_what_is_shown() -> None:
         "0 of 100",
     ):
         assert said in text, text
+
+
+@pytest.mark.parametrize(
+    ("largest", "said"),
+    [
+        (0.75, "clip factors: 0.5 to 0.75 (active at every step)"),
+        (1.0, "clip factors: 0.5 to 1 (not active at every step)"),
+    ],
+)
+def test_whether_every_step_was_clipped_is_shown(largest: float, said: str) -> None:
+    out = io.StringIO()
+    command.show(replace(GOOD, largest_clip_factor=largest), GOOD, Console(file=out, width=120))
+    assert said in out.getvalue()
+
+
+def test_the_largest_clip_factor_is_remembered() -> None:
+    """A bound that the first gradients alone exceed: the smallest factor says 'clipped', the largest says not always."""
+    loose = verify_parallel(tiny(optim={"clip_grad_norm": None}), steps=2)
+    assert (loose.clip_factor, loose.largest_clip_factor) == (1.0, 1.0)
+    tight = verify_parallel(tiny(optim={"clip_grad_norm": 0.01}), steps=3)
+    assert 0 < tight.clip_factor < tight.largest_clip_factor < 1
 
 
 @pytest.mark.parametrize(
