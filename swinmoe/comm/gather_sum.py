@@ -30,7 +30,12 @@ class _GatherPacked(torch.autograd.Function):
         packed = torch.cat([t.reshape(-1) for t in tensors]).unsqueeze(0)
         by_rank = all_gather_rows(packed, group, what)
         parts = by_rank.split(sizes, dim=1)  # views, whose leading stride is that of the whole package
-        return tuple(part.reshape(-1, *shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+        gathered = tuple(part.reshape(-1, *shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+        # Else experts would compute gradients of frozen weights too.
+        ctx.mark_non_differentiable(
+            *(whole for whole, needed in zip(gathered, ctx.needs_input_grad[2:], strict=True) if not needed)
+        )
+        return gathered
 
     @staticmethod
     @once_differentiable

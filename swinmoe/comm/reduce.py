@@ -11,12 +11,13 @@ from torch.autograd.function import once_differentiable
 
 from swinmoe.comm.all_to_all import Group
 from swinmoe.comm.failure import naming
-from swinmoe.comm.traffic import note
+from swinmoe.comm.traffic import note_all_reduce
 
 
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
+        note_all_reduce(x, group, what)
         total = x.clone(memory_format=torch.contiguous_format)
         with naming(what):
             dist.all_reduce(total, group=group)
@@ -46,7 +47,7 @@ def all_reduce_max(x: Tensor, group: Group, what: str = "taking a maximum") -> T
     """The largest of each element of `x` over `group`, a new tensor; None = `x` itself."""
     if group is None:
         return x
-    note("all_reduce", what, group.size(), 2 * x.nbytes * (group.size() - 1) / group.size())
+    note_all_reduce(x, group, what)
     largest = x.clone(memory_format=torch.contiguous_format)
     with naming(what):
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)

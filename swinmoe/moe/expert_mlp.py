@@ -123,6 +123,8 @@ def _batched(rows: Tensor, w: ExpertWeights, activation: Activation, dropout: fl
 def _has_grouped_kernel(rows: Tensor, w: ExpertWeights) -> bool:
     if rows.device.type != "cuda" or (autocast_dtype(rows) or rows.dtype) != torch.bfloat16:
         return False
+    if not hasattr(F, "grouped_mm"):  # before torch 2.10
+        return False
     # Elsewhere the operator loops over experts with a host sync each; strides must be multiples of 16 bytes.
     aligned = w.fc1.shape[1] % 8 == 0 and w.fc1.shape[2] % 8 == 0 and w.fc2.shape[2] % 8 == 0
     return aligned and torch.cuda.get_device_capability(rows.device) >= (9, 0)
@@ -219,7 +221,8 @@ class _BlockedMlp(torch.autograd.Function):
         if training:
             ctx.save_for_backward(rows, fc1, fc2, keep, *activations)
             # Saved tensors may come back as copies (checkpointing, offloading); only the parameter itself has `.grad`.
-            ctx.parameters = (fc1, fc2)
+            # Gathered weights are no parameters, and to keep them would undo what checkpointing saves.
+            ctx.parameters = tuple(weight if weight.is_leaf else None for weight in (fc1, fc2))
             ctx.bias_dtypes = (None if b1 is None else b1.dtype, None if b2 is None else b2.dtype)
             ctx.blocks, ctx.activation, ctx.scale = blocks, activation, scale
         return out
@@ -235,8 +238,8 @@ def _blocked_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     rows, fc1, fc2, keep, *activations = ctx.saved_tensors
     needs_rows, needs_fc1, needs_b1, needs_fc2, needs_b2 = ctx.needs_input_grad[:5]
     grad_rows = torch.empty_like(rows) if needs_rows else None
-    grad_fc1 = _WeightGradient(ctx.parameters[0], ctx.creates_graph) if needs_fc1 else None
-    grad_fc2 = _WeightGradient(ctx.parameters[1], ctx.creates_graph) if needs_fc2 else None
+    grad_fc1 = _WeightGradient(fc1, ctx.parameters[0], ctx.creates_graph) if needs_fc1 else None
+    grad_fc2 = _WeightGradient(fc2, ctx.parameters[1], ctx.creates_graph) if needs_fc2 else None
     grad_b1 = fc1.new_zeros(fc1.shape[:2], dtype=ctx.bias_dtypes[0]) if needs_b1 else None
     grad_b2 = fc2.new_zeros(fc2.shape[:2], dtype=ctx.bias_dtypes[1]) if needs_b2 else None
     # One buffer for all blocks stays in the cache, where a fresh one each would be touched for the first time.
@@ -278,13 +281,10 @@ class _WeightGradient:
     autograd takes our buffer as it is. Hooks of the accumulation node (DDP's) run after this and find `.grad` complete.
     """
 
-    def __init__(self, parameter: Tensor, creates_graph: bool) -> None:
-        self.in_place = not creates_graph and _may_accumulate(parameter)
-        if self.in_place:
-            assert parameter.grad is not None
-            self.stack = parameter.grad
-        else:
-            self.stack = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+    def __init__(self, weight: Tensor, parameter: Tensor | None, creates_graph: bool) -> None:
+        gradient = None if parameter is None or creates_graph else _own_gradient(parameter)
+        self.in_place = gradient is not None
+        self.stack = torch.empty_like(weight, memory_format=torch.contiguous_format) if gradient is None else gradient
         self.experts = self.stack.unbind()
         self.begun = [self.in_place] * len(self.experts)
 
@@ -312,16 +312,17 @@ class _WeightGradient:
         return self.stack
 
 
-def _may_accumulate(parameter: Tensor) -> bool:
-    gradient = parameter.grad if parameter.is_leaf else None
+def _own_gradient(parameter: Tensor) -> Tensor | None:
+    """`parameter.grad`, if adding to it is what autograd would do with a gradient returned now."""
+    gradient = parameter.grad
     if gradient is None or gradient.requires_grad or gradient.layout != torch.strided:
-        return False
+        return None
     if type(gradient) is not Tensor or gradient.dtype != parameter.dtype:
-        return False
+        return None
     if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-        return False
+        return None
     try:
         # False for a parameter left out of backward(inputs=...); an error under autograd.grad, which keeps off .grad.
-        return bool(torch._C._will_engine_execute_node(get_gradient_edge(parameter).node))
+        return gradient if torch._C._will_engine_execute_node(get_gradient_edge(parameter).node) else None
     except RuntimeError:
-        return False
+        return None

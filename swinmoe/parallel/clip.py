@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from swinmoe.comm.failure import naming
+from swinmoe.comm.traffic import note_all_reduce
 from swinmoe.parallel.expert_parameter import is_expert_parameter
 from swinmoe.parallel.mesh import Mesh
 
@@ -64,6 +65,7 @@ def clip_grad_norm(model_or_params: nn.Module | Iterable[Tensor], max_norm: floa
             total = total + _square_sum(dense, total)
         if mesh.replica == 0:
             total = total + _square_sum(experts, total)
+        note_all_reduce(total, None, "clipping")
         with naming("clipping: summing the gradients' norm"):
             dist.all_reduce(total)
     norm = total.sqrt()

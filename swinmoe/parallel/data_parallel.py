@@ -8,7 +8,7 @@ brought them the gradients of their whole expert group already, and only replica
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from swinmoe.comm.failure import naming
+from swinmoe.comm.traffic import note_all_reduce
+from swinmoe.moe.layer import MoEMlp
 from swinmoe.parallel.expert_parameter import expert_parameter_names, is_expert_parameter
 from swinmoe.parallel.mesh import Mesh
+from swinmoe.parallel.replicas import GradientSum, SummedOverReplicas
 
 Prepare = Callable[[nn.Module], nn.Module]
-BUCKET_BYTES = 32 * 2**20
-"""Small expert gradients share a message up to this size; a larger one travels alone, without a copy."""
 
 
 def wrap_data_parallel(model: nn.Module, mesh: Mesh, accelerator_prepare: Prepare | Any = None) -> nn.Module:
@@ -37,6 +38,10 @@ def wrap_data_parallel(model: nn.Module, mesh: Mesh, accelerator_prepare: Prepar
     prepare = getattr(accelerator_prepare, "prepare_model", accelerator_prepare)
     if mesh.world == 1:
         return model if prepare is None else prepare(model)
+    if not any(p.requires_grad and not is_expert_parameter(p) for p in model.parameters()):
+        # Experts alone are trained: DDP has nothing to do, and refuses such a model.
+        place = getattr(accelerator_prepare, "prepare_model", None)
+        return model if place is None else place(model, evaluation_mode=True)
     # DDP reads this attribute of the module it wraps, whoever wraps it.
     model._ddp_params_and_buffers_to_ignore = sorted(expert_parameter_names(model))  # type: ignore[assignment]
     with naming("comparing the model's parameters over all ranks", amid_other_work=True):
@@ -55,6 +60,7 @@ def wrap_data_parallel(model: nn.Module, mesh: Mesh, accelerator_prepare: Prepar
 # Untyped: DDP compares the hook's annotations with its own classes, and here annotations are strings.
 def _sum_bucket(group, bucket):  # type: ignore[no-untyped-def]
     """DDP's communication hook: the default one divides by the number of ranks first."""
+    note_all_reduce(bucket.buffer(), group, "summing dense gradients")
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     assert work is not None
     return work.get_future().then(lambda done: done.value()[0])
@@ -65,53 +71,41 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def no_sync(model: nn.Module) -> AbstractContextManager[None]:
+@contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
     """Within it a backward pass only accumulates: for all micro-batches of a step but the last."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+    layers = _summed_layers(model)
+    for layer in layers:
+        layer.paused = True
+    try:
+        with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+            yield
+    finally:
+        for layer in layers:
+            layer.paused = False
 
 
 @torch.no_grad()
 def sync_expert_gradients(model: nn.Module, mesh: Mesh) -> None:
     """Sum expert gradients over replicas, in place, once per optimiser step after its last backward pass.
 
-    Missing gradients count as zeros, so that all ranks send the same messages.
+    Most of it is under way already (`swinmoe.parallel.replicas`). Missing gradients count as zeros, so that all ranks
+    send the same messages.
     """
     if mesh.replica_group is None:
         return
-    gradients = []
-    for parameter in model.parameters():
-        if is_expert_parameter(parameter) and parameter.requires_grad:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-    what = "summing experts' gradients over replicas"
-    flights = []
-    for bucket in _buckets(gradients):
-        alone = len(bucket) == 1 and bucket[0].is_contiguous()
-        flat = bucket[0] if alone else torch.cat([g.reshape(-1) for g in bucket])
-        with naming(what):
-            flights.append((bucket, flat, alone, dist.all_reduce(flat, group=mesh.replica_group, async_op=True)))
-    for bucket, flat, alone, work in flights:
-        assert work is not None
-        with naming(what):
-            work.wait()
-        if not alone:
-            for gradient, total in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                gradient.copy_(total.view_as(gradient))
+    layers = _summed_layers(model)
+    seen = {id(parameter) for layer in layers for parameter in layer.parameters}
+    others = [p for p in model.parameters() if is_expert_parameter(p) and id(p) not in seen]
+    rest = GradientSum(others, mesh.replica_group, "summing expert gradients over replicas")
+    for layer in layers:
+        layer.finish()
+    rest.finish()
 
 
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of one dtype of at most `BUCKET_BYTES`, in order; a tensor above that size alone."""
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.nbytes > BUCKET_BYTES):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
+def _summed_layers(model: nn.Module) -> list[SummedOverReplicas]:
+    executions = (module.execution for module in model.modules() if isinstance(module, MoEMlp))
+    return [execution for execution in executions if isinstance(execution, SummedOverReplicas)]
 
 
 @torch.no_grad()
@@ -120,6 +114,7 @@ def global_min(tensor: Tensor, mesh: Mesh, what: str = "a minimum over all ranks
     if mesh.world == 1:
         return tensor.detach()
     least = tensor.detach().clone(memory_format=torch.contiguous_format)
+    note_all_reduce(least, None, what)
     with naming(what):
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
     return least
@@ -131,6 +126,7 @@ def global_sum(tensor: Tensor, mesh: Mesh, what: str = "a sum over all ranks") -
     if mesh.world == 1:
         return tensor.detach()
     total = tensor.detach().clone(memory_format=torch.contiguous_format)
+    note_all_reduce(total, None, what)
     with naming(what):
         dist.all_reduce(total)
     return total

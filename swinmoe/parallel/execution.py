@@ -28,10 +28,10 @@ def make_execution(config: ParallelConfig, mesh: Mesh, num_experts: int, layer: 
         layer: its name, for errors.
     """
     if mesh.ep_size == 1:
-        return Replicated(mesh.world_group)
+        return Replicated(mesh.world_group, layer)
     slices = mesh.slices(num_experts)
     joined = min(config.weight_group, slices)  # slices of one expert that meet in a weight group
-    tokens: ExpertExecution = Replicated(mesh.world_group)
+    tokens: ExpertExecution = Replicated(mesh.world_group, layer)
     if config.token_group > 1:
         tokens = TokensTravel(
             mesh.token_group(config),
@@ -51,10 +51,11 @@ class Replicated:
 
     Args:
         batch: the ranks that share a batch.
+        layer: the layer's name in errors.
     """
 
-    def __init__(self, batch: Group) -> None:
-        self.batch = batch
+    def __init__(self, batch: Group, layer: str = "expert layer") -> None:
+        self.batch, self.layer = batch, layer
         self._local = LocalExecution()
 
     def prepare(self, counts: Tensor, slots: int | None) -> Route:
@@ -67,7 +68,7 @@ class Replicated:
 
     def reduce(self, stats: Tensor) -> Tensor:
         """Sum over all ranks, with the identity as its backward."""
-        return all_reduce_sum(stats, self.batch)
+        return all_reduce_sum(stats, self.batch, f"{self.layer}: summing statistics")
 
     def __deepcopy__(self, memo: dict[int, object]) -> Replicated:
         return self

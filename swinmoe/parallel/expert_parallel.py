@@ -13,6 +13,7 @@ from swinmoe.moe.layer import MoEMlp
 from swinmoe.parallel.execution import make_execution
 from swinmoe.parallel.expert_parameter import ExpertParameter, cut_part, is_expert_parameter
 from swinmoe.parallel.mesh import Mesh
+from swinmoe.parallel.replicas import SummedOverReplicas
 
 
 def apply_expert_parallel(model: nn.Module, mesh: Mesh) -> None:
@@ -50,7 +51,10 @@ def use_exchange(model: nn.Module, mesh: Mesh, config: ParallelConfig) -> None:
         )
     for name, layer in _layers(model):
         config.check_experts(layer.num_experts, f"the experts of layer {name!r}")
-        layer.execution = make_execution(config, mesh, layer.num_experts, name or "expert layer")
+        execution = make_execution(config, mesh, layer.num_experts, name or "expert layer")
+        if mesh.ep_size > 1 and mesh.replica_group is not None:
+            execution = SummedOverReplicas(execution, list(layer.experts.parameters()), mesh.replica_group, name)
+        layer.execution = execution
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, MoEMlp]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
@@ -17,7 +18,10 @@ from swinmoe.comm.failure import naming
 from swinmoe.config import ParallelConfig
 from swinmoe.config.checks import divisors
 from swinmoe.errors import ConfigError
-from swinmoe.runtime.processes import launched_local_world
+from swinmoe.runtime import agree, launched_local_world
+
+_groups: WeakKeyDictionary[dist.ProcessGroup, dict[Any, dist.ProcessGroup]] = WeakKeyDictionary()
+"""For each job: every partition of its ranks that was asked for, and this rank's group of it."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,6 @@ class Mesh:
     """The ranks that hold the same experts as this one; None when there is one replica."""
     config: ParallelConfig = field(default_factory=ParallelConfig)
     """How tokens and weights travel, unless `use_exchange` changes it."""
-    groups: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup | None] = field(default_factory=dict, repr=False)
-    """Every partition of the ranks that was asked for, and this rank's group of it."""
 
     @property
     def replicas(self) -> int:
@@ -83,10 +85,15 @@ class Mesh:
 
         A collective call: every rank asks for the same partitions in the same order.
         """
-        key = tuple(map(tuple, partition))
-        if key not in self.groups:
-            self.groups[key] = _own_group(partition, self.rank, what, timedelta(minutes=self.config.timeout_minutes))
-        return self.groups[key]
+        if len(partition[0]) == 1:
+            return None
+        world = dist.group.WORLD
+        assert world is not None
+        made = _groups.setdefault(world, {})
+        key = (self.config.timeout_minutes, tuple(map(tuple, partition)))
+        if key not in made:
+            made[key] = _own_group(partition, self.rank, what, timedelta(minutes=self.config.timeout_minutes))
+        return made[key]
 
     def weight_group(self, config: ParallelConfig) -> dist.ProcessGroup | None:
         """The ranks whose expert weights are gathered here; None where weights stay. A collective call."""
@@ -115,11 +122,12 @@ class Mesh:
         if config.local_size is not None:
             return config.local_size
         launched = launched_local_world()
+        agree({"the processes per machine (parallel.local_size sets what 2DH takes for a node)": launched})
         local = min(launched, self.ep_size)
-        if self.ep_size % local or local % config.weight_group:
+        if launched % local or self.ep_size % local or local % config.weight_group:
             raise ConfigError(
-                f"parallel.exchange=2dh: {launched} processes per machine do not cut ep_size={self.ep_size} ranks "
-                f"into nodes of whole groups of weight_group={config.weight_group}; set parallel.local_size, or "
+                f"parallel.exchange=2dh: machines of {launched} processes do not cut groups of ep_size={self.ep_size} "
+                f"ranks into nodes of whole groups of weight_group={config.weight_group}; set parallel.local_size, or "
                 "exchange=flat"
             )
         return local
@@ -156,15 +164,12 @@ def make_mesh(config: ParallelConfig, num_experts: int | None = None) -> Mesh:
     return replace(mesh, ep_group=experts, replica_group=replicas)
 
 
-def _own_group(partition: list[list[int]], rank: int, name: str, timeout: timedelta) -> dist.ProcessGroup | None:
+def _own_group(partition: list[list[int]], rank: int, name: str, timeout: timedelta) -> dist.ProcessGroup:
     """The group of `partition` that `rank` is in. Every rank creates every group: `new_group` is collective.
 
+    A group of all ranks is one of its own too: on the world's, exchanges would queue behind DDP's buckets.
     A group does not inherit the job's timeout: torch would give it half an hour.
     """
-    if len(partition[0]) == 1:
-        return None
-    if len(partition) == 1:
-        return dist.group.WORLD
     own = None
     for ranks in partition:
         with naming(f"forming the group {name} {ranks}"):
@@ -172,4 +177,5 @@ def _own_group(partition: list[list[int]], rank: int, name: str, timeout: timede
         if rank in ranks:
             assert isinstance(group, dist.ProcessGroup)
             own = group
+    assert own is not None, (partition, rank)
     return own

@@ -35,6 +35,7 @@ from swinmoe.comm import (
     two_stages,
 )
 from swinmoe.comm.all_to_all import Group
+from swinmoe.moe.precision import autocast_dtype
 from swinmoe.moe.types import ExpertFn, ExpertRows, ExpertWeights, Route
 from swinmoe.parallel.mesh import TokenGroup
 
@@ -95,7 +96,7 @@ class TokensTravel:
         """
         pg = self.group.group
         if slots is not None:
-            own = torch.tensor(slots, device=counts.device)
+            own = torch.tensor(slots)  # the host knows it: the device need not wait
             agreed = int(all_reduce_max(own, pg, f"{self.layer}: agreeing on slots"))
             return Route(matrix=None, slots=agreed, plan=self._padded_itinerary(agreed, len(counts), counts.device))
         matrix = all_gather_rows(counts, pg, f"{self.layer}: gathering counts").cpu().view(self.group.size, len(counts))
@@ -114,7 +115,7 @@ class TokensTravel:
 
     def reduce(self, stats: Tensor) -> Tensor:
         """Sum over all ranks (the batch is spread over replicas too), with the identity as its backward."""
-        return all_reduce_sum(stats, self.batch)
+        return all_reduce_sum(stats, self.batch, f"{self.layer}: summing statistics")
 
     def __deepcopy__(self, memo: dict[int, object]) -> TokensTravel:
         return self
@@ -122,10 +123,11 @@ class TokensTravel:
     def _carry(self, rows: Tensor, plan: Itinerary, w: ExpertWeights, fn: ExpertFn, padded: bool) -> Tensor:
         """The line of chunks. All sends are posted first; then each chunk's experts run while later ones travel."""
         going, coming = f"{self.layer}: sending tokens to experts", f"{self.layer}: returning tokens from experts"
-        dtype = rows.dtype
-        light = torch.bfloat16 if self.payload == "bf16" else dtype
+        # Experts cast what they are given under autocast; cast before it travels, it is half the bytes.
+        dtype = autocast_dtype(rows) or rows.dtype
+        light = torch.bfloat16 if self.payload == "bf16" else None
         ways = [chunk.journey for chunk in plan.chunks]
-        parts = take(rows, plan.departure).to(light).split([chunk.rows for chunk in plan.chunks])
+        parts = take(rows.to(light or dtype), plan.departure).split([chunk.rows for chunk in plan.chunks])
         out = [way.depart(part, going) for way, part in zip(ways, parts, strict=True)]
         out[0] = ways[0].change(out[0], going)
         back = []
@@ -134,11 +136,14 @@ class TokensTravel:
                 out[i + 1] = ways[i + 1].change(out[i + 1], going)
             arrived = ways[i].arrive(out[i]).to(dtype)
             done = _padded(arrived, chunk, weights, fn) if padded else fn(arrived, chunk.segments, weights)
-            back.append(chunk.way_back.depart(done.to(light), coming))
+            dtype = done.dtype
+            back.append(chunk.way_back.depart(done.to(light or dtype), coming))
         back = [chunk.way_back.change(flight, coming) for chunk, flight in zip(plan.chunks, back, strict=True)]
         returned = [chunk.way_back.arrive(flight) for chunk, flight in zip(plan.chunks, back, strict=True)]
         whole = returned[0] if len(returned) == 1 else torch.cat(returned)
-        return fold(whole.to(dtype), plan.departure)
+        if self.slices > 1:
+            whole = whole.to(torch.promote_types(dtype, torch.float32))  # partial outputs are summed
+        return fold(whole, plan.departure).to(dtype)
 
     def _weights_of(self, plan: Itinerary, w: ExpertWeights) -> list[ExpertWeights]:
         """The weights that each chunk uses."""

@@ -23,7 +23,7 @@ from swinmoe.comm.failure import naming
 from swinmoe.config import RunConfig
 from swinmoe.config.io import dump
 from swinmoe.data import Batch
-from swinmoe.errors import CheckpointError, NonFiniteLossError
+from swinmoe.errors import CheckpointError, ConfigError, NonFiniteLossError
 from swinmoe.models import SwinTransformer, build_model
 from swinmoe.models.counts import ModelCounts, count
 from swinmoe.models.stage import stage_map
@@ -355,6 +355,8 @@ def make_arm(
     `prepare` is handed the whole model before it is spread: to load weights, to freeze parameters.
     """
     check_capacity(run, mesh.world)
+    if run.finetune is not None and prepare is None:
+        raise ConfigError("the config has a finetune section, which only swinmoe finetune obeys; use it, or remove that")
     device = accelerator.device
     dtype = torch.float64 if run.train.precision == "fp64" else torch.float32
     raw = build_model(run.model, seed=run.seed, device=device, dtype=dtype)
@@ -388,7 +390,7 @@ def _placement(model: SwinTransformer, mesh: Mesh) -> str:
     """How the experts are spread, in words that are equal on all ranks if they see it alike."""
     held = [p.numel() for p in model.parameters() if is_expert_parameter(p)]
     return (
-        f"{mesh.replicas} set(s) of experts over {mesh.ep_size} rank(s) each, groups {sorted(mesh.groups)}, "
+        f"{mesh.replicas} set(s) of experts over {mesh.ep_size} rank(s) each, {mesh.config}, "
         f"{sum(held)} numbers in {len(held)} expert parameters here"
     )
 

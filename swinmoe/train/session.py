@@ -20,7 +20,6 @@ from swinmoe.runtime import (
     agree,
     describe_code,
     describe_environment,
-    launched_local_world,
     launched_restarts_allowed,
     make_accelerator,
     stop_processes,
@@ -176,9 +175,7 @@ def open_session(
         | {f"the code's {key}": value for key, value in describe_code().items()}
         | {"whether the output folder holds a run": used}
     )
-    if run.parallel.exchange == "2dh" and run.parallel.local_size is None:
-        agree({"the processes per machine": launched_local_world()})
-    mesh = make_mesh(run.parallel, None)
+    mesh = make_mesh(run.parallel, run.model.moe.num_experts if run.model.moe else None)
     if used and resume == "never":
         raise ConfigError(
             f"output folder {str(folder)!r} already holds a run; use resume=auto to go on with it, or another name= or "

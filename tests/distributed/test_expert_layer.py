@@ -6,12 +6,15 @@ The oracle holds all experts, runs in the same process, and sees the tokens of a
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from pool import Pool
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from swinmoe.comm import all_gather_rows, all_to_all, listen
 from swinmoe.config import (
@@ -306,6 +309,97 @@ def rounded() -> float:
 def test_a_light_payload_rounds_and_does_no_more(pool2: Pool) -> None:
     for error in pool2.run(rounded):
         assert 1e-4 < error < 2**-6
+
+
+def under_autocast(parallel: ParallelConfig) -> dict[str, Any]:
+    """A layer in bfloat16, spread and alone: dtype and values of outputs, and bytes of the exchanges."""
+    num_experts = 2 if parallel.ep_size == 4 else 4
+    layer = make_layer(config(num_experts=num_experts, losses=BalanceLossConfig())).float()
+    mesh = make_mesh(parallel, num_experts)
+    x = tokens_of_all([7, 5, 3, 4])[mesh.rank].float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        alone, _ = layer(x)
+    apply_expert_parallel(layer, mesh)
+    with torch.autocast("cpu", torch.bfloat16), listen() as forward:
+        y, stats = layer(x)
+    with listen() as backward:
+        y.float().sum().backward()
+    matrix = all_gather_rows(stats.kept, mesh.ep_group).view(mesh.ep_size, -1)
+    rows, owners = remote_rows(matrix, mesh.ep_rank, mesh.ep_size)
+    return {
+        "dtypes": (y.dtype, alone.dtype),
+        "off": float((y.float() - alone.float()).detach().abs().max() / alone.float().detach().abs().max()),
+        "sent": [[m.bytes for m in way if m.operation == "all_to_all"] for way in (forward, backward)],
+        "remote": int((rows * (owners != mesh.ep_rank)).sum()),
+    }
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_under_autocast_a_spread_layer_is_the_local_one_and_sends_half_the_bytes(pool2: Pool, chunks: int) -> None:
+    for seen in pool2.run(under_autocast, ParallelConfig(ep_size=2, chunks=chunks)):
+        assert seen["dtypes"] == (torch.bfloat16, torch.bfloat16)
+        assert seen["off"] == 0.0
+        forward, backward = seen["sent"]
+        assert sum(forward[:chunks]) == seen["remote"] * DIM * 2
+        assert sum(backward) == sum(forward)
+
+
+def test_under_autocast_slices_are_summed_in_full(pool4: Pool) -> None:
+    for seen in pool4.run(under_autocast, ParallelConfig(ep_size=4)):
+        assert seen["dtypes"] == (torch.bfloat16, torch.bfloat16)
+        assert seen["off"] < 2**-6
+
+
+def light_bytes() -> tuple[list[float], list[float]]:
+    """Bytes of a float64 layer's exchanges with a whole and with a light payload, forward and backward."""
+    seen = []
+    for payload in ("full", "bf16"):
+        layer = make_layer(config(losses=BalanceLossConfig()))
+        mesh = make_mesh(ParallelConfig(ep_size=2, payload=payload), 4)  # type: ignore[arg-type]
+        apply_expert_parallel(layer, mesh)
+        with listen() as sent:
+            layer(tokens_of_all([7, 5])[mesh.rank].requires_grad_())[0].sum().backward()
+        seen.append([m.bytes for m in sent if m.operation == "all_to_all"])
+    return seen[0], seen[1]
+
+
+def test_a_light_payload_is_light_in_both_directions(pool2: Pool) -> None:
+    for whole, light in pool2.run(light_bytes):
+        assert len(whole) == 4 and sum(whole) > 0
+        assert light == [sent / 4 for sent in whole]
+
+
+def frozen_weights() -> tuple[bool, bool, bool]:
+    """Weights travel and fc1 is frozen: no gradient of it is computed; and gathered weights die when recomputed."""
+    layer = make_layer(config())
+    mesh = make_mesh(ParallelConfig(ep_size=2, weight_group=2), 4)
+    apply_expert_parallel(layer, mesh)
+    layer.experts.fc1_weight.requires_grad_(False)
+    gathered: list[Any] = []
+    function = layer.experts.function
+
+    def watching(training: bool) -> Any:
+        def run(rows: Tensor, segments: Tensor | None, weights: Any) -> Tensor:
+            gathered.append((weakref.ref(weights.fc2), weights.fc1.requires_grad, weights.fc2.requires_grad))
+            return function(training)(rows, segments, weights)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer.experts, "function", watching)
+        x = tokens_of_all([5, 3])[mesh.rank].requires_grad_()
+        assigned = layer.assign(x, None)
+        with set_checkpoint_early_stop(False):
+            y = checkpoint(lambda tokens: layer.carry(tokens, *assigned[:3]), x, use_reentrant=False)
+        gc.collect()
+        alive = gathered[0][0]() is not None
+        y.sum().backward()
+    assert layer.experts.fc1_weight.grad is None and layer.experts.fc2_weight.grad is not None
+    return gathered[0][1], gathered[0][2], alive
+
+
+def test_frozen_weights_cost_no_gradient_and_recomputed_ones_no_memory(pool2: Pool) -> None:
+    assert pool2.run(frozen_weights) == [(False, True, False)] * 2
 
 
 def traffic(layout: str, num_experts: int, parallel: ParallelConfig, counts: list[int]) -> dict[str, Any]:

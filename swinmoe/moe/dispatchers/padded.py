@@ -14,7 +14,8 @@ from swinmoe.moe.types import DispatchPlan, ExpertRows, Queues, Routing
 class PaddedDispatcher(Dispatcher):
     """With fixed capacity no shape and no branch depends on the routing: no host sync, and CUDA graphs can hold it.
 
-    `bounded` and `dropless` pad to the longest queue, whose length the host has to ask for.
+    Where experts are spread, ranks first agree on the number of slots, between hosts: the device does not wait, but
+    graphs end there. `bounded` and `dropless` pad to the longest queue, whose length the host has to ask for.
     """
 
     def slots(self, queues: Queues, capacity: int | None, policy: CapacityPolicy) -> int | None:

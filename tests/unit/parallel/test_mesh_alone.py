@@ -23,7 +23,7 @@ from swinmoe.parallel import (
     unwrap,
     wrap_data_parallel,
 )
-from swinmoe.parallel.data_parallel import _buckets
+from swinmoe.parallel.replicas import _buckets
 
 
 def test_without_a_launcher_there_is_one_rank() -> None:
@@ -88,7 +88,7 @@ def test_clipping_without_gradients_gives_zero() -> None:
 
 
 def test_buckets_keep_order_and_dtype_and_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swinmoe.parallel.data_parallel.BUCKET_BYTES", 40)
+    monkeypatch.setattr("swinmoe.parallel.replicas.BUCKET_BYTES", 40)
     small, half, large = torch.zeros(4), torch.zeros(2, dtype=torch.bfloat16), torch.zeros(100)
     runs = [len(bucket) for bucket in _buckets([small, small, small, half, half, large, small])]
     assert runs == [2, 1, 2, 1, 1]
