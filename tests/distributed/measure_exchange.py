@@ -4,8 +4,9 @@
 
 Two namespaces of two ranks each, joined by a link with a token bucket of that rate in each direction. Every rank sends
 the same number of rows to every other rank. Variants take turns in each round, ranks meet before each exchange, and an
-exchange lasts as long as its slowest rank. A line is fitted to the medians, time = latency + bytes over the link /
-bandwidth, with relative errors. Then the step of an expert layer whose rows cross the link, in 1, 2 and 4 chunks.
+exchange lasts as long as its slowest rank. A line is fitted to the medians of messages that the link limits, time =
+latency + (bytes over the link - the bucket's burst) / bandwidth, with relative errors; and where the faster of the two
+changes is said. Then the step of an expert layer whose rows cross the link, in 1, 2 and 4 chunks.
 Prints JSON.
 """
 
@@ -15,14 +16,15 @@ import argparse
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from timing import take_turns
 from torch import Tensor
+from two_hosts import BURST_KIB, two_hosts, why_not
 
 from swinmoe.comm import Journey, departure_order, direct, regroup, take, two_stages
 from swinmoe.config import BalanceLossConfig, MoEConfig, ParallelConfig
@@ -33,35 +35,43 @@ from swinmoe.runtime import start_processes, stop_processes
 DIM, HOSTS, PER_HOST = 256, 2, 2
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 """Rows of 1 KiB that each rank sends to each other rank."""
+WELL_ABOVE = 3
+"""Bursts in the smallest message from which latency and bandwidth are fitted."""
 
 
 def travel(journey: Journey, rows: Tensor, order: Any) -> Callable[[], Tensor]:
     return lambda: journey.arrive(journey.change(journey.depart(take(rows, order), "measuring"), "measuring"))
 
 
-def timed(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each step in each round, as long as the slowest rank's."""
-    for step in steps.values():
-        step()
-        step()
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds):
-        for name in list(steps) if turn % 2 == 0 else reversed(list(steps)):
-            dist.barrier()
-            start = time.perf_counter()
-            steps[name]()
-            took = torch.tensor(time.perf_counter() - start)
-            dist.all_reduce(took, dist.ReduceOp.MAX)
-            taken[name].append(1000 * float(took))
-    return taken
+def fit(kib: Sequence[float], ms: Sequence[float], burst_kib: float = BURST_KIB) -> dict[str, float]:
+    """Latency and bandwidth of ms = latency + (kib - burst)/bandwidth, errors relative to each point.
+
+    Of messages at least `WELL_ABOVE` times the burst: smaller ones pass, wholly or by half, at the machine's own speed.
+    """
+    large = np.array(kib) >= WELL_ABOVE * burst_kib
+    limited, weight = np.array(kib)[large] - burst_kib, 1 / np.array(ms)[large]
+    design = np.stack([np.ones(len(limited)), limited], axis=1) * weight[:, None]
+    (latency, slope), *_ = np.linalg.lstsq(design, np.ones(len(limited)), rcond=None)
+    mbit_per_s = 8 * 1.024 / float(slope)
+    return {"latency_ms": round(float(latency), 3), "mbit_per_s": round(mbit_per_s, 1), "sizes": int(large.sum())}
 
 
-def fit(kib: list[float], ms: list[float]) -> dict[str, float]:
-    """Latency and bandwidth of ms = latency + kib/bandwidth, errors relative to each point."""
-    weight = 1 / np.array(ms)
-    design = np.stack([np.ones(len(kib)), np.array(kib)], axis=1) * weight[:, None]
-    (latency, slope), *_ = np.linalg.lstsq(design, np.ones(len(kib)), rcond=None)
-    return {"latency_ms": round(float(latency), 3), "mbit_per_s": round(8 * 1.024 / float(slope), 1)}
+def crossover(kib: Sequence[float], flat: Sequence[float], staged: Sequence[float]) -> str:
+    """Between which message sizes the faster of the two changes, in words.
+
+    Args:
+        kib: message sizes, rising.
+        flat: milliseconds of the flat exchange.
+        staged: milliseconds of 2DH.
+    """
+    sizes = [f"{size:g}" for size in kib]
+    faster = ["2dh" if two < one else "flat" for one, two in zip(flat, staged, strict=True)]
+    changes = [
+        f"{faster[i]} is faster up to {sizes[i]} KiB, {faster[i + 1]} from {sizes[i + 1]} KiB"
+        for i in range(len(kib) - 1)
+        if faster[i] != faster[i + 1]
+    ]
+    return "; ".join(changes) or f"none seen: {faster[0]} is faster at every size"
 
 
 def exchanges(rounds: int) -> dict[str, Any]:
@@ -79,13 +89,14 @@ def exchanges(rounds: int) -> dict[str, Any]:
             "2dh": travel(two_stages(sent, me, PER_HOST, token_group.inner, token_group.outer), rows, order),
         }
         assert torch.equal(steps["flat"](), steps["2dh"]())
-        medians = {name: statistics.median(ms) for name, ms in timed(steps, rounds).items()}
+        medians = {name: statistics.median(ms) for name, ms in take_turns(steps, rounds).items()}
         # Over the link, one way: each rank of a host sends to each of the other host.
         table.append({"kib_over_link": PER_HOST * PER_HOST * count * DIM * 4 / 1024, **medians})
     kib = [row["kib_over_link"] for row in table]
     return {
         "exchange_ms": [{k: round(v, 3) for k, v in row.items()} for row in table],
         "fit": {name: fit(kib, [row[name] for row in table]) for name in ("flat", "2dh")},
+        "crossover": crossover(kib, [row["flat"] for row in table], [row["2dh"] for row in table]),
     }
 
 
@@ -112,7 +123,7 @@ def layer_steps(rounds: int) -> dict[str, float]:
 
         return step
 
-    taken = timed({name: step_with(way) for name, way in ways.items()}, rounds)
+    taken = take_turns({name: step_with(way) for name, way in ways.items()}, rounds)
     return {name: round(statistics.median(ms), 2) for name, ms in taken.items()}
 
 
@@ -130,8 +141,6 @@ def main() -> None:
             print(json.dumps(report, indent=1))
         stop_processes()
         return
-    from two_hosts import two_hosts, why_not
-
     if (reason := why_not()) is not None:
         sys.exit(reason)
     with two_hosts(rate=args.rate) as hosts:

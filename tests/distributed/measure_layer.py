@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timing import take_turns
 from torch import Tensor, nn
 
 from swinmoe.config import BalanceLossConfig, CapacityConfig, CapacityPolicy, MoEConfig, ParallelConfig
@@ -96,23 +96,6 @@ def tutel_layer(args: argparse.Namespace, world: int) -> nn.Module | None:
     return layer
 
 
-def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each step in each round, as long as the slowest rank's."""
-    for step in steps.values():
-        step()
-        step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds):
-        for name in list(steps) if turn % 2 == 0 else reversed(list(steps)):
-            dist.barrier()
-            start = time.perf_counter()
-            steps[name]()
-            took = torch.tensor(time.perf_counter() - start)
-            dist.all_reduce(took, dist.ReduceOp.MAX)
-            seconds[name].append(1000 * float(took))
-    return seconds
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"tokens": 2304, "dim": 384, "hidden": 1536, "experts": 8, "rounds": 31}.items():
@@ -142,7 +125,7 @@ def main() -> None:
     peer = tutel_layer(args, world)
     if peer is not None:
         steps["tutel"] = step_of(peer, x, slope)
-    taken = measure(steps, args.rounds)
+    taken = take_turns(steps, args.rounds)
     if dist.get_rank() == 0:
         medians = {name: statistics.median(values) for name, values in taken.items()}
         report = {

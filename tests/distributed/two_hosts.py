@@ -25,6 +25,8 @@ ROOT = Path(__file__).parents[2]
 NAME = "wire0"
 """The device between the hosts, on both: what GLOO_SOCKET_IFNAME wants."""
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
+BURST_KIB = 68
+"""Little more than the kernel's largest segment (64 KiB), so that a message of any size worth timing meets the rate."""
 _PORTS = itertools.count(29400)
 """Ports of a namespace are its own: no other job can have taken them."""
 
@@ -109,10 +111,13 @@ class TwoHosts:
 
 
 @contextmanager
-def two_hosts(rate: str = "1gbit", burst: str = "256kb", latency: str = "50ms") -> Iterator[TwoHosts]:
+def two_hosts(rate: str = "1gbit", burst_kib: int = BURST_KIB, latency: str = "50ms") -> Iterator[TwoHosts]:
     """Two namespaces joined at `rate`, in the words of tc's token bucket filter; gone afterwards, with what ran there.
 
-    `burst` is what may pass at once: more than the kernel's largest segment (64 KiB), less than the messages timed.
+    Args:
+        rate: of the link, in each direction.
+        burst_kib: what may pass at once, unlimited, after a pause.
+        latency: longest that a packet may wait in the bucket's queue before it is dropped.
     """
     unique = f"{os.getpid():x}{time.time_ns() & 0xFFFFFF:x}"
     namespaces = (f"swinmoe-{unique}-a", f"swinmoe-{unique}-b")
@@ -129,7 +134,7 @@ def two_hosts(rate: str = "1gbit", burst: str = "256kb", latency: str = "50ms") 
             _run("ip", "-n", namespace, "link", "set", NAME, "up")
             _run(
                 *("tc", "-n", namespace, "qdisc", "add", "dev", NAME, "root"),
-                *("tbf", "rate", rate, "burst", burst, "latency", latency),
+                *("tbf", "rate", rate, "burst", f"{burst_kib}kb", "latency", latency),
             )
         yield hosts
     finally:

@@ -80,6 +80,8 @@ def page(
     results = [*cover, *six]
     proven = sum(proof.proven for _, proof, _ in results)
     claims = [cell for cell, _, _ in results if cell.drops]
+    clipped = sum(proof.largest_clip_factor < 1 for _, proof, _ in results)
+    staged = sum(cell.two_stages for cell, _, _ in results)
     dropping = sum(proof.dropped > 0 for cell, proof, _ in results if cell.drops)
     worst = max(proof.worst_gradient[1] for _, proof, _ in results)
     single = max(proof.worst_gradient[1] for _, _, proof in results)
@@ -89,23 +91,22 @@ def page(
         f"{environment['git_commit']}. `python tests/distributed/write_proof.py PATH`, {seconds:.0f} s.",
         "",
         f"{proven} of {len(results)} cells proven: {len(cover)} of one, two and four processes, a pairwise cover of",
-        f"the {CANDIDATES} that have a meaning, and {len(six)} of six processes; every way to travel meets every mesh and",
-        f"both layouts. {sum(cell.two_stages for cell, _, _ in results)} exchange in two stages, on 2 or 3 nodes of 2 or 3 "
-        "ranks: 2DH with one node, or one",
-        "rank per node, is no cell. Each trains a Swin-MoE of one",
+        f"the {CANDIDATES} that have a meaning, and {len(six)} of six processes; every way to travel meets every mesh",
+        f"and both layouts. {staged} exchange in two stages, on 2 or 3 nodes of 2 or 3 ranks: 2DH with one node, or",
+        "one rank per node, is no cell. Each trains a Swin-MoE of one",
         f"block, D 12, for {STEPS} clipped AdamW steps on 3 images of 4 tokens per rank, shared out equally and not,",
         "and is held against one process with the oracle's expert layer on the same global batch, step by step.",
         "",
         f"Largest gradient difference, of the model's largest gradient: {worst:.1e} in float64 (bound 1e-9),",
         f"{single:.1e} in float32 over two steps. {dropping} of the {len(claims)} cells that claim drops had them,",
-        f"{sum(proof.largest_clip_factor < 1 for _, proof, _ in results)} of {len(results)} were clipped at every step, "
+        f"{clipped} of {len(results)} were clipped at every step,",
         f"and in {sum(proof.bit_equal for _, proof, _ in results)} what ranks share stayed bit-equal over all steps.",
         "",
         "## One, two and four processes",
         "Columns: data-parallel x expert-parallel ranks; experts in all; what travels; 2DH as nodes x ranks;",
         "differences from one process, the largest over parameters, steps (gradients before clipping, of max\\|g\\|;",
-        "parameters after the last step, of max\\|p\\|); choices dropped of all; the smallest and the largest factor that",
-        "clipping applied.",
+        "parameters after the last step, of max\\|p\\|); choices dropped of all; the smallest and the largest factor",
+        "of clipping.",
         "",
         table(cover),
         "",
