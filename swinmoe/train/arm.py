@@ -356,7 +356,9 @@ def make_arm(
     """
     check_capacity(run, mesh.world)
     if run.finetune is not None and prepare is None:
-        raise ConfigError("the config has a finetune section, which only swinmoe finetune obeys; use it, or remove that")
+        raise ConfigError(
+            "the config has a finetune section, which only swinmoe finetune obeys; use it, or remove that"
+        )
     device = accelerator.device
     dtype = torch.float64 if run.train.precision == "fp64" else torch.float32
     raw = build_model(run.model, seed=run.seed, device=device, dtype=dtype)

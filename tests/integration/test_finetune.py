@@ -230,6 +230,13 @@ def test_mistakes_are_named(sparse: Path, tmp_path: Path, over: list[str], messa
     assert not (tmp_path / "tuned" / "records.jsonl").exists()
 
 
+def test_train_does_not_pretend_to_fine_tune(tmp_path: Path) -> None:
+    run = build(RunConfig, {**PRETRAIN, "output_dir": str(tmp_path), "finetune": {"freeze": "moe"}})
+    with pytest.raises(ConfigError, match="only swinmoe finetune obeys"):
+        train(run, show=False)
+    assert not (tmp_path / "pre" / "records.jsonl").exists()
+
+
 def test_a_source_and_a_number_of_classes_must_be_said(sparse: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give --from CKPT"):
         plan_finetuning(_file(tmp_path), None)
