@@ -14,6 +14,8 @@ from swinmoe.version import __version__
 if TYPE_CHECKING:
     from swinmoe.checkpoint.experts_edit import grow_experts, keep_experts, prune_experts
     from swinmoe.checkpoint.experts_merge import merge_experts
+    from swinmoe.checkpoint.load import load_pretrained
+    from swinmoe.checkpoint.load_report import LoadReport
     from swinmoe.checkpoint.pretrained import from_pretrained, save_pretrained
     from swinmoe.checkpoint.sparsify import collect_routing, sparsify
     from swinmoe.checkpoint.upcycle import Upcycling, upcycle
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from swinmoe.timm_registry import register_with_timm
 
 __all__ = [
+    "LoadReport",
     "MoEConfig",
     "MoEMlp",
     "ModelConfig",
@@ -44,6 +47,7 @@ __all__ = [
     "from_tutel",
     "grow_experts",
     "keep_experts",
+    "load_pretrained",
     "measure_usage",
     "merge_experts",
     "prune_experts",
@@ -57,6 +61,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "swinmoe.checkpoint.load": ("load_pretrained",),
+    "swinmoe.checkpoint.load_report": ("LoadReport",),
     "swinmoe.checkpoint.pretrained": ("from_pretrained", "save_pretrained"),
     "swinmoe.checkpoint.experts_edit": ("grow_experts", "keep_experts", "prune_experts"),
     "swinmoe.checkpoint.experts_merge": ("merge_experts",),
