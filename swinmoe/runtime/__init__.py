@@ -1,7 +1,7 @@
 """The process around a run: accelerator, process group, seeds, logging, and what machine and code it was."""
 
 from swinmoe.runtime.accelerator import make_accelerator
-from swinmoe.runtime.agreement import agree
+from swinmoe.runtime.agreement import UNKNOWN, agree
 from swinmoe.runtime.environment import describe_code, describe_environment
 from swinmoe.runtime.last_words import last_word
 from swinmoe.runtime.processes import (
@@ -14,6 +14,7 @@ from swinmoe.runtime.processes import (
 )
 
 __all__ = [
+    "UNKNOWN",
     "agree",
     "describe_code",
     "describe_environment",

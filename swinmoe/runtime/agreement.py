@@ -11,6 +11,10 @@ from swinmoe.comm.failure import naming
 from swinmoe.errors import DistributedError
 from swinmoe.runtime.processes import ranks_named
 
+UNKNOWN = object()
+"""A fact that this rank could not find out, such as the commit where git did not answer: it differs from nothing."""
+_ABSENT = "none"
+"""Of a rank that has no such fact. Values are shown in quotes."""
 _LISTED = 6
 """Differences that an error lists; it counts the others."""
 
@@ -19,7 +23,8 @@ def agree(facts: Mapping[str, object]) -> None:
     """Compare `facts` over all ranks; a collective call, a no-op on one process.
 
     Args:
-        facts: what -> value, e.g. `{"length of the training data": 1797}`. Values are compared, and shown, as text.
+        facts: what -> value, e.g. `{"length of the training data": 1797}`. Values are compared, and shown, as text;
+            ranks whose value is `UNKNOWN` are left out.
 
     Raises:
         DistributedError: the same on every rank: which fact, which ranks have what, and which ranks differ from most.
@@ -27,11 +32,11 @@ def agree(facts: Mapping[str, object]) -> None:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    given: list[dict[str, str]] = [{}] * dist.get_world_size()
+    given: list[dict[str, str | None]] = [{}] * dist.get_world_size()
     with naming("comparing config, code and data before the first step"):
-        dist.all_gather_object(given, {what: str(value) for what, value in facts.items()})
+        dist.all_gather_object(given, {what: _shown(value) for what, value in facts.items()})
     names = list(dict.fromkeys(what for rank_facts in given for what in rank_facts))
-    differing = [text for what in names if (text := _difference(what, [g.get(what) for g in given]))]
+    differing = [text for what in names if (text := _difference(what, [g.get(what, _ABSENT) for g in given]))]
     if differing:
         more = f"; and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
         raise DistributedError(
@@ -40,16 +45,21 @@ def agree(facts: Mapping[str, object]) -> None:
         )
 
 
+def _shown(value: object) -> str | None:
+    return None if value is UNKNOWN else repr(str(value))
+
+
 def _difference(what: str, values: list[str | None]) -> str | None:
-    """`the config's a.b: ranks 0-2 have '1', but rank 3 has '2'`, the largest group first; None if all agree."""
-    ranks: dict[str | None, list[int]] = defaultdict(list)
+    """`the config's a.b: ranks 0-2 have '1', but rank 3 has '2'`, the largest group first; None if all agree.
+
+    A value of None is unknown.
+    """
+    ranks: dict[str, list[int]] = defaultdict(list)
     for rank, value in enumerate(values):
-        ranks[value].append(rank)
-    if len(ranks) == 1:
+        if value is not None:
+            ranks[value].append(rank)
+    if len(ranks) < 2:
         return None
     groups = sorted(ranks.items(), key=lambda item: -len(item[1]))
-    said = [
-        f"{ranks_named(members)} {'has' if len(members) == 1 else 'have'} {'none' if value is None else repr(value)}"
-        for value, members in groups
-    ]
+    said = [f"{ranks_named(members)} {'has' if len(members) == 1 else 'have'} {value}" for value, members in groups]
     return f"{what}: {said[0]}, but {', '.join(said[1:])}"

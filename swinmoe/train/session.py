@@ -17,6 +17,7 @@ from swinmoe.errors import ConfigError
 from swinmoe.parallel import Mesh, make_mesh
 from swinmoe.records import RunRecord
 from swinmoe.runtime import (
+    UNKNOWN,
     agree,
     describe_code,
     describe_environment,
@@ -172,7 +173,7 @@ def open_session(
     # Before groups are formed: ranks of different configs would wait for each other there.
     agree(
         {f"the config's {key}": value for key, value in _flat(to_tree(config))}
-        | {f"the code's {key}": value for key, value in describe_code().items()}
+        | {f"the code's {key}": UNKNOWN if value is None else value for key, value in describe_code().items()}
         | {"whether the output folder holds a run": used}
     )
     mesh = make_mesh(run.parallel, run.model.moe.num_experts if run.model.moe else None)

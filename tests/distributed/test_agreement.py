@@ -13,7 +13,7 @@ from swinmoe.comm import all_to_all_rows
 from swinmoe.config import ParallelConfig
 from swinmoe.errors import CollectiveError, DistributedError
 from swinmoe.parallel import make_mesh
-from swinmoe.runtime import agree, describe_environment
+from swinmoe.runtime import UNKNOWN, agree, describe_environment
 
 pytestmark = pytest.mark.distributed
 
@@ -24,6 +24,11 @@ def disagreement(facts: list[dict[str, object]]) -> str:
     except DistributedError as error:
         return str(error)
     return "agreed"
+
+
+def unsure_disagreement(facts: list[dict[str, object]]) -> str:
+    """`UNKNOWN` is one object in each process: on the way it is a word."""
+    return disagreement([{k: UNKNOWN if v == "unknown" else v for k, v in f.items()} for f in facts])
 
 
 def test_a_rank_with_another_config_is_named_on_all_ranks(pool4: Pool) -> None:
@@ -39,6 +44,20 @@ def test_a_rank_with_another_config_is_named_on_all_ranks(pool4: Pool) -> None:
 def test_every_difference_is_listed_and_a_missing_fact_is_one(pool2: Pool) -> None:
     (message, _) = pool2.run(disagreement, [{"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 5}])
     assert "disagree on b: rank 0 has '2', but rank 1 has '5'; on c: rank 0 has '3', but rank 1 has none;" in message
+
+
+def test_what_a_rank_could_not_find_out_differs_from_nothing(pool4: Pool) -> None:
+    """Git on a slow file system, for one."""
+    here: dict[str, object] = {"the commit": "f00", "the data": 9}
+    unsure = here | {"the commit": "unknown"}
+    assert pool4.run(unsure_disagreement, [here, unsure, here, here]) == ["agreed"] * 4
+    assert pool4.run(unsure_disagreement, [unsure] * 4) == ["agreed"] * 4
+    other = here | {"the commit": "bad"}
+    (message, *_) = pool4.run(unsure_disagreement, [here, unsure, here, other])
+    assert "disagree on the commit: ranks 0, 2 have 'f00', but rank 3 has 'bad';" in message
+    # None is a value like others: a config may have it on one rank and not on the next.
+    (message, *_) = pool4.run(disagreement, [here, here | {"the data": None}, here, here])
+    assert "disagree on the data: ranks 0, 2, 3 have '9', but rank 1 has 'None';" in message
 
 
 def absent_partner() -> str:

@@ -39,6 +39,28 @@ def test_errors_of_ones_own_pass() -> None:
     assert type(raised.value) is RuntimeError
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Invalid scalar type",
+        "Split sizes doesn't match total dim 0 size",
+        "ProcessGroupGloo::allgather: invalid tensor size at index 0 (expected (2), got (3))",
+    ],
+)
+def test_what_this_rank_did_wrong_is_not_put_down_to_others(words: str) -> None:
+    """Backends' own words for tensors that they do not take. A `CollectiveError` would not even be printed."""
+    with pytest.raises(RuntimeError) as raised, naming("layer 3: sending"):
+        raise RuntimeError(words)
+    assert type(raised.value) is RuntimeError
+    assert str(raised.value) == f"rank 0: layer 3: sending failed ({words})"
+
+
+@pytest.mark.parametrize("words", ["Socket Timeout", "No route to host", "failed to recv, got 0 bytes", "Broken pipe"])
+def test_a_transports_words_mean_another_rank(words: str) -> None:
+    with pytest.raises(CollectiveError, match="did not finish"), naming("layer 3: sending"):
+        raise RuntimeError(words)
+
+
 def _clip(mesh: Mesh) -> None:
     weight = torch.nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
