@@ -33,6 +33,8 @@ class Ridge:
     """(L,)"""
     strength: float
     """λ, the one that was chosen."""
+    errors: tuple[float, ...]
+    """Mean squared error on the rows left out, for each λ that was tried."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """(q, D) -> (q, L) scores."""
@@ -53,16 +55,15 @@ def fit_ridge(x: Tensor, y: Tensor, strengths: Sequence[float]) -> Ridge:
     mean_x, mean_y = x.mean(0), y.mean(0)
     u, s, vt = torch.linalg.svd(x - mean_x, full_matrices=False)
     projected = u.T @ (y - mean_y)
-    best, chosen = torch.inf, strengths[0]
+    errors = []
     for strength in strengths:
         shrink = s.square() / (s.square() + strength)
         residual = y - mean_y - u @ (shrink[:, None] * projected)
         leverage = 1 / len(x) + u.square() @ shrink
-        error = float((residual / (1 - leverage).clamp(min=1e-12)[:, None]).square().mean())
-        if error < best:
-            best, chosen = error, strength
+        errors.append(float((residual / (1 - leverage).clamp(min=1e-12)[:, None]).square().mean()))
+    chosen = strengths[errors.index(min(errors))]
     weight = vt.T @ ((s / (s.square() + chosen))[:, None] * projected)
-    return Ridge(weight, mean_y - mean_x @ weight, chosen)
+    return Ridge(weight, mean_y - mean_x @ weight, chosen, tuple(errors))
 
 
 def probe(

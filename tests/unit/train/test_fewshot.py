@@ -42,9 +42,11 @@ def test_the_strength_is_the_one_that_leaving_out_for_real_finds(n: int, dim: in
         for row in range(n):
             rest = [i for i in range(n) if i != row]
             model = SkRidge(alpha=strength).fit(x[rest].numpy(), y[rest].numpy())
-            total += float(((model.predict(x[row : row + 1].numpy()) - y[row].numpy()) ** 2).sum())
-        errors.append(total)
-    chosen = fit_ridge(x, y, STRENGTHS).strength
+            total += float(((model.predict(x[row : row + 1].numpy()) - y[row].numpy()) ** 2).mean())
+        errors.append(total / n)
+    found = fit_ridge(x, y, STRENGTHS)
+    np.testing.assert_allclose(found.errors, errors, rtol=1e-6)
+    chosen = found.strength
     assert chosen == STRENGTHS[int(np.argmin(errors))]
     assert chosen == RidgeCV(alphas=STRENGTHS).fit(x.numpy(), y.numpy()).alpha_
     assert dim > n or STRENGTHS[0] < chosen < STRENGTHS[-1]  # with more columns than rows the least one is right
