@@ -12,10 +12,13 @@
 #
 # The exit status is that of the process that failed first, or 0. Set PYTHON to choose an interpreter, OMP_NUM_THREADS for
 # threads per process (default: this machine's cores, shared out), MASTER_PORT for a fixed port (default: a free one).
+#
+# Told to stop (SIGTERM, SIGUSR1) it passes that on and waits for the checkpoint. Once a rank has ended so, the others have
+# TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (default here: 120) to end too; after a failure, which nothing is saved after, 10.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-processes="" restarts=0
+processes="" restarts=0 grace="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}"
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
 fail() { echo "launch/local.sh: $*" >&2; exit 2; }
@@ -49,6 +52,7 @@ if [[ -z "$processes" ]]; then
 fi
 [[ "$processes" =~ ^[1-9][0-9]*$ ]] || fail "--processes $processes is not a positive number"
 [[ "$restarts" =~ ^[0-9]+$ ]] || fail "--max-restarts $restarts is not a number"
+[[ "$grace" =~ ^[0-9]+$ ]] || fail "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$grace is not a number of seconds"
 
 if [[ -z "${OMP_NUM_THREADS:-}" ]]; then
   cores="$(getconf _NPROCESSORS_ONLN 2> /dev/null || echo 1)"
@@ -125,6 +129,8 @@ watch_children() {
       wait "$child" 2> /dev/null || code=$?
       if [[ "$code" -ne 0 ]]; then
         patience=10
+        # It has saved; what the others still write is not cut off.
+        if [[ "$code" -eq 75 ]]; then patience=$((10 * grace)); fi
         if [[ "$code" -gt 128 && "$processes" -gt 1 ]]; then
           patience=80
           for rank in "${!children[@]}"; do

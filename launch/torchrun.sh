@@ -13,8 +13,12 @@
 #                   that differs between machines
 #   --job ID        tells jobs apart that meet at the same address (default: swinmoe)
 #
-# The machines find each other by torch's c10d rendezvous: there is no node rank to set, in any order of starting. A
-# process that does not end when told to is killed after TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (default here: 10).
+# The machines find each other by torch's c10d rendezvous: there is no node rank to set, in any order of starting.
+#
+# Told to stop (SIGTERM, SIGUSR1) it passes that on, and training saves a checkpoint. A process that has not ended
+# TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds after it was told to is killed: 120 by default here, so that a save is not cut off;
+# a rank that hangs holds up the end of a failed job for as long. Before torch 2.12 torchrun does not read that variable
+# and waits 30 seconds.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -55,8 +59,11 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 # One thread per process unless told otherwise, without torchrun's warning that it chose so.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-# A process that is stopped or hangs in a driver does not hear the signal to end.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-10}"
+# A process that is saving needs time; one that is stopped or hangs in a driver does not hear the signal to end.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}"
+# torchrun's own list and SIGUSR1, Slurm's usual early warning, which would end the agent and leave its workers behind. Given
+# as a variable, since versions of torch without the option would refuse it.
+export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
 
 # Each start meets at a store of its own: one that outlives a restart still holds the addresses of processes that are gone,
 # and the first to come back would call those.

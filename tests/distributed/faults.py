@@ -65,7 +65,7 @@ def start(
     launcher: Sequence[str], folder: Path, name: str, *overrides: str, fault: str = "", rank: int = 1
 ) -> subprocess.Popen[str]:
     """Start `swinmoe train` of the config in `folder` under `launcher` (a script and its options)."""
-    extra = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    extra = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10"}
     if fault:
         python = folder / "faulty-python"
         if not python.exists():

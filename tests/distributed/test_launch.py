@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,24 @@ if sys.argv[1] == "meet":
 elif sys.argv[1] == "recover":
     print("start", os.environ["TORCHELASTIC_RESTART_COUNT"], "of", os.environ["TORCHELASTIC_MAX_RESTARTS"], flush=True)
     sys.exit(int(sys.argv[2]) if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else 0)
+elif sys.argv[1] == "stop":
+    import signal
+    from pathlib import Path
+    def save(number, frame):
+        if rank == 1:
+            time.sleep(3)
+        patience = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+        Path(sys.argv[2], f"saved-{rank}").write_text(f"{signal.Signals(number).name} {patience}")
+        sys.exit(75)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, save)
+    Path(sys.argv[2], f"ready-{rank}").touch()
+    time.sleep(60)
+elif sys.argv[1] == "preempted":
+    if rank == 1:
+        time.sleep(3)
+        print("saved", flush=True)
+    sys.exit(75)
 elif sys.argv[1] == "fail":
     if rank == 1:
         sys.exit(int(sys.argv[2]))
@@ -87,6 +107,46 @@ def test_what_the_user_must_mend_is_not_tried_again(checkout: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "start 0 of 2\n")
 
 
+def test_a_save_is_not_cut_off_and_not_started_again(checkout: Path) -> None:
+    """The first rank to end has saved; another may still be writing."""
+    done = launch(checkout, "--processes", "2", "--max-restarts", "2", "preempted")
+    assert (done.returncode, done.stdout, done.stderr) == (75, "saved\n", "")
+    wrong = launch(checkout, "--processes", "2", "preempted", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="soon")
+    assert wrong.returncode == 2 and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=soon is not a number of seconds" in wrong.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("script", ["local.sh", "torchrun.sh"])
+def test_told_to_stop_all_ranks_save(checkout: Path, script: str, number: signal.Signals) -> None:
+    options = {
+        "local.sh": ["--processes", "2"],
+        "torchrun.sh": ["--nodes", "1", "--head", "127.0.0.1:0", "--per-node", "2"],
+    }
+    keep = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR")}
+    job = subprocess.Popen(
+        [str(checkout / "launch" / script), *options[script], "stop", str(checkout)],
+        cwd=checkout.parent,
+        env={**keep, "PYTHON": sys.executable},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while len(list(checkout.glob("ready-*"))) < 2 and job.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        job.send_signal(number)
+        status = job.wait(timeout=60)
+    finally:
+        job.kill()
+        job.wait()
+    said = [(checkout / f"saved-{rank}").read_text().split() for rank in range(2)]
+    assert [name for name, _ in said] == [number.name] * 2
+    if script == "local.sh":
+        assert status == 75
+    else:
+        assert status != 0 and [patience for _, patience in said] == ["120"] * 2
+
+
 def test_slurm_hands_on_its_machines_and_the_command(checkout: Path, tmp_path: Path) -> None:
     """With stand-ins for Slurm's commands: no cluster is here."""
     tools = tmp_path / "bin"
@@ -95,6 +155,9 @@ def test_slurm_hands_on_its_machines_and_the_command(checkout: Path, tmp_path: P
         (tools / name).write_text(f"#!/bin/sh\n{script}\n")
         (tools / name).chmod(0o755)
     (checkout / "launch" / "slurm.sbatch").chmod(0o755)  # sbatch reads it; here it runs
+    directives = (checkout / "launch" / "slurm.sbatch").read_text()
+    # Slurm makes no folders: a log in one that is not there loses everything that is said.
+    assert "--output=slurm-%j.log\n" in directives
     job = {"SLURM_JOB_ID": "41", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "64"}
     more = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_SUBMIT_DIR": str(checkout)}
     arguments = ("--max-restarts", "3", "train", "c.yaml", "resume=auto")
