@@ -8,6 +8,9 @@ we do not have, is in docs/howto/from-tutel.md.
 
 from __future__ import annotations
 
+import inspect
+from functools import partial
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -44,7 +47,8 @@ def from_tutel(
     Args:
         layer: an instance of `tutel.moe.moe_layer`. It is left as it is; the new layer has copies of its weights.
         activation: type of the experts (`gelu`, `relu`, or a registered name whose experts have the same weights);
-            None = found out by calling the layer's own activation on a few numbers.
+            None = found out by calling the layer's own activation on a few numbers, in training mode: one that drops
+            is refused, in evaluation too, until both are said.
         dropout: inside the experts after the activation, where `activation_fn` does it in Tutel; then say `activation`.
         loss_weight: of the balance loss; with 1 `stats.loss` is Tutel's `l_aux`.
         dispatcher: of the new layer; all give the same numbers.
@@ -223,14 +227,22 @@ def _probe(like: Tensor) -> Tensor:
 def _recognise(function: Any, like: Tensor) -> str:
     """The name of an activation by its values, since most are anonymous functions."""
     probe = _probe(like)
+    parts = _modules_in(function)
+    before = [(part, part.training) for part in parts]
     say = "; say which it is: from_tutel(layer, activation='gelu'), with dropout=... if it drops"
     with torch.no_grad(), torch.random.fork_rng(devices=[probe.device] if probe.is_cuda else []):
         try:
+            # A dropout that evaluation has switched off is there all the same, and the new layer may be trained.
+            for part in parts:
+                part.training = True
             first, second = function(probe), function(probe)
         except Exception as error:
             raise CheckpointError(f"the experts' activation_fn cannot be called ({error!r}){say}") from error
+        finally:
+            for part, training in before:
+                part.training = training
     if not torch.equal(first, second):
-        raise CheckpointError(f"the experts' activation_fn is random{say}")
+        raise CheckpointError(f"the experts' activation_fn is random in training{say}")
     for name, known in _KNOWN.items():
         if first.shape == probe.shape and torch.allclose(first.to(probe.dtype), known.value(probe), atol=1e-6):
             return name
@@ -238,6 +250,22 @@ def _recognise(function: Any, like: Tensor) -> str:
         f"the experts' activation_fn is none of {sorted(_KNOWN)}; register experts with it (docs/howto/extend.md) and "
         "say their name: from_tutel(layer, activation='...')"
     )
+
+
+def _modules_in(function: Any, depth: int = 4) -> list[nn.Module]:
+    """The modules that a callable reaches, itself or through others: what it is, is bound to, closes over or names."""
+    if isinstance(function, nn.Module):
+        return list(function.modules())
+    if depth == 0:
+        return []
+    reached = [getattr(function, "__self__", None), getattr(function, "__func__", None)]
+    if isinstance(function, partial):
+        reached += [function.func, *function.args, *function.keywords.values()]
+    if isinstance(function, FunctionType):
+        around = inspect.getclosurevars(function)
+        reached += [*(function.__defaults__ or ()), *around.nonlocals.values(), *around.globals.values()]
+    inside = (_modules_in(part, depth - 1) for part in reached if callable(part))
+    return list(dict.fromkeys(module for modules in inside for module in modules))
 
 
 def _capacity(factor: float, overlap_degree: int) -> CapacityPolicy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -153,6 +154,52 @@ def test_unknown_activations_ask_for_their_name():
         from_tutel(layer)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert from_tutel(layer, activation="gelu", dropout=0.1).cfg.experts == ExpertConfig(type="gelu", dropout=0.1)
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x):
+        return self.drop(F.gelu(x))
+
+    def by_hand(self, x):
+        return F.dropout(F.gelu(x), 0.1, self.training)
+
+
+DROP = nn.Dropout(0.1).eval()
+
+
+def _dropping(how: str):
+    module = Dropping().eval()
+
+    def named(x):
+        return module.by_hand(x)
+
+    return module, {
+        "a module": module,
+        "a method": module.by_hand,
+        "a closure": lambda x: module.drop(F.gelu(x)),
+        "a default": lambda x, drop=module.drop: drop(F.gelu(x)),
+        "a global": lambda x: DROP(F.gelu(x)),
+        "a function of a function": lambda x: named(x),
+        "a partial": partial(lambda drop, x: drop(F.gelu(x)), module.drop),
+    }[how]
+
+
+@pytest.mark.parametrize(
+    "how", ["a module", "a method", "a closure", "a default", "a global", "a function of a function", "a partial"]
+)
+def test_a_dropout_is_not_lost_because_the_layer_is_in_evaluation(how: str):
+    module, function = _dropping(how)
+    layer = layer_of().eval()
+    layer.experts.activation_fn = function
+    with pytest.raises(CheckpointError, match=r"random in training; say which it is.*dropout="):
+        from_tutel(layer)
+    assert not any(part.training for part in (*module.modules(), *layer.modules(), DROP)), "left as it was"
+    assert from_tutel(layer, activation="gelu", dropout=0.1).cfg.experts.dropout == 0.1
+    assert from_tutel(layer, activation="gelu").cfg.experts.dropout == 0.0, "as it was told"
 
 
 def test_llama_experts_are_swiglu():
