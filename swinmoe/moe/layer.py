@@ -112,7 +112,12 @@ class MoEMlp(nn.Module):
         return routing, plan, route, self._statistics(routing, queues)
 
     def carry(self, tokens: Tensor, routing: Routing, plan: DispatchPlan, route: Route) -> Tensor:
-        """Take tokens (T, D) to their experts and back, as decided."""
+        """Take tokens (T, D) to their experts and back, as decided.
+
+        Under `torch.utils.checkpoint`, call it inside `set_checkpoint_early_stop(False)`, as `models.block` does:
+        recomputation otherwise ends with the last tensor that the backward pass needs, and may leave an exchange begun
+        and not finished, for which other ranks wait.
+        """
         rows = self.dispatcher.scatter(tokens, routing, plan)
         function = self.experts.function(self.training)
         out = self.execution.run(rows, route, self.experts.weights(), function)
@@ -181,11 +186,17 @@ class MoEMlp(nn.Module):
         """
         self.router.update_bias(routed)
 
+    def dispatcher_taken(self) -> tuple[str, str]:
+        """The dispatcher in use, for rows of the weights' dtype where they now are, and why `auto` took it; "" where
+        the config names it."""
+        if self.cfg.dispatcher != "auto":
+            return self.cfg.dispatcher, ""
+        weight, policy = next(self.parameters()), self.cfg.capacity
+        return choose(weight.device, weight.dtype, (policy.train if self.training else policy.eval).kind)
+
     def extra_repr(self) -> str:
         """Choices, for `print(model)`; of `auto`, what it takes where the weights now are."""
         dispatcher = repr(self.cfg.dispatcher)
         if self.cfg.dispatcher == "auto":
-            weight, policy = next(self.parameters()), self.cfg.capacity
-            picked, reason = choose(weight.device, weight.dtype, (policy.train if self.training else policy.eval).kind)
-            dispatcher += f" -> {picked!r} ({reason})"
+            dispatcher += " -> {!r} ({})".format(*self.dispatcher_taken())
         return f"num_experts={self.num_experts}, top_k={self.top_k}, dispatcher={dispatcher}"

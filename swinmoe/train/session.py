@@ -96,8 +96,12 @@ class Session:
         )
 
     def describe(self, arm: Arm) -> None:
-        """Write the `arm` record: what is being trained, in numbers."""
+        """Write the `arm` record: what is being trained, in numbers; say what `moe.dispatcher=auto` takes."""
         counts, moe = arm.counts, arm.run.model.moe
+        # Alike in all layers: device, dtype and capacity are.
+        taken, reason = next((layer.dispatcher_taken() for layer in arm.raw.moe_layers().values()), (None, ""))
+        if reason:
+            self.progress.say(f"{arm.name:>10} moe.dispatcher=auto takes {taken}: {reason}")
         self.records.write(
             "arm",
             arm=arm.name,
@@ -109,6 +113,8 @@ class Session:
             moe_layers=list(arm.raw.moe_layers()),
             num_experts=moe.num_experts if moe else 0,
             top_k=moe.top_k if moe else 0,
+            dispatcher=taken,
+            dispatcher_reason=reason or None,
             steps=arm.length.steps,
             config=to_tree(arm.run),
         )

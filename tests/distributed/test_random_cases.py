@@ -16,7 +16,7 @@ import pytest
 import torch
 from pool import Pool
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from swinmoe.config import (
     BalanceLossConfig,
@@ -154,7 +154,8 @@ def forward(layer: MoEMlp, x: Tensor, noise: Tensor | None, recompute: bool) -> 
     if not recompute:
         return layer(x, noise)
     *assigned, stats = layer.assign(x, noise)
-    return checkpoint(layer.carry, x, *assigned, use_reentrant=False), stats
+    with set_checkpoint_early_stop(False):  # no exchange may be left half done
+        return checkpoint(layer.carry, x, *assigned, use_reentrant=False), stats
 
 
 def faults(seed: int, world: int) -> list[str]:

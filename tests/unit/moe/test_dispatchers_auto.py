@@ -82,6 +82,7 @@ def test_it_says_what_it_took_once(caplog):
         "moe.dispatcher=auto takes ragged: " + choose("cpu", torch.float32, "dropless")[1]
     ]
     assert "dispatcher='auto' -> 'ragged' (on a CPU" in repr(layer)
+    assert layer.dispatcher_taken() == choose("cpu", torch.float32, "dropless")
     assert "dispatcher='auto' -> 'padded' (with fixed capacity" in repr(make("fixed", device="meta"))
 
 

@@ -1,0 +1,62 @@
+"""What a session says and records of the model that it trains."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from rich.console import Console
+
+from swinmoe.config import RunConfig
+from swinmoe.config.io import build
+from swinmoe.models import build_model
+from swinmoe.models.counts import count
+from swinmoe.parallel import Mesh
+from swinmoe.records import RunRecord, read_records
+from swinmoe.train import Arm
+from swinmoe.train.progress import Progress
+from swinmoe.train.session import Session
+
+
+def described(tmp_path: Path, moe: dict[str, Any] | None) -> tuple[dict[str, Any], str]:
+    """The `arm` record of a small model, and what was said to the person watching."""
+    run = build(RunConfig, {"model": {"preset": "swin_moe_micro" if moe else "swin_micro", "in_chans": 1}})
+    if moe:
+        run = build(RunConfig, {"model": {"preset": "swin_moe_micro", "in_chans": 1, "moe": moe}})
+    arm = SimpleNamespace(
+        name="model", run=run, raw=build_model(run.model), counts=count(run.model), length=SimpleNamespace(steps=3)
+    )
+    screen = io.StringIO()
+    path = tmp_path / "records.jsonl"
+    session = Session(
+        command="train",
+        config=run,
+        run=run,
+        folder=tmp_path,
+        resume="never",
+        accelerator=None,
+        mesh=Mesh(world=1, ep_size=1),
+        records=RunRecord(path),
+        progress=Progress(console=Console(file=screen, width=300)),
+    )
+    session.describe(cast(Arm, arm))
+    return read_records(path)[-1], screen.getvalue()
+
+
+def test_what_auto_takes_is_said_and_kept(tmp_path: Path) -> None:
+    record, said = described(tmp_path, {"num_experts": 4, "dispatcher": "auto"})
+    assert record["dispatcher"] == "ragged" and record["dispatcher_reason"].startswith("on a CPU")
+    assert said.count("moe.dispatcher=auto takes ragged: on a CPU sizes are known") == 1
+
+
+@pytest.mark.parametrize(
+    ("moe", "taken"), [({"num_experts": 4, "dispatcher": "padded"}, "padded"), (None, None)], ids=["padded", "dense"]
+)
+def test_where_the_config_names_it_nothing_is_said(
+    tmp_path: Path, moe: dict[str, Any] | None, taken: str | None
+) -> None:
+    record, said = described(tmp_path, moe)
+    assert (record["dispatcher"], record["dispatcher_reason"], said) == (taken, None, "")
