@@ -38,6 +38,9 @@ NONSENSE: dict[str, list[Any]] = {
     "optim.eps": [0, -1e-8, NAN],
     "optim.weight_decay": [-0.1, NAN, INF],
     "optim.clip_grad_norm": [0, -1, NAN, INF],
+    "optim.layer_decay": [0, -0.5, 1.1, NAN],
+    "finetune.upcycle.noise": [-0.1, NAN, INF],
+    "finetune.upcycle.drop": [-0.1, 1, NAN],
     "schedule.warmup_epochs": [-1, NAN],
     "schedule.warmup_steps": [-1],
     "schedule.warmup_lr": [-1, NAN],
@@ -98,7 +101,7 @@ NONSENSE: dict[str, list[Any]] = {
     "model.moe.experts.hidden_ratio": [0, NAN],
     "model.moe.experts.dropout": [-0.1, 1, NAN],
 }
-ANY_WHOLE_NUMBER = {"seed", "data.holdout_seed"}
+ANY_WHOLE_NUMBER = {"seed", "data.holdout_seed", "finetune.upcycle.seed"}
 PLACES = {"model.moe_blocks"}
 """Checked against the depths, see test_validation.py."""
 
