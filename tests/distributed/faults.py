@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,8 +14,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
+from pool import free_port
 
 from swinmoe.checkpoint import latest_checkpoint, load_checkpoint
 
@@ -25,7 +26,7 @@ STEPS, SAVED, BROKEN = 10, 4, 9
 """A job's length, how often it saves, and the step that the fault strikes: the last checkpoint is that of step 8."""
 IMPATIENT = 0.1
 """Minutes that a collective may take, where a test waits for that to pass."""
-RUN = {
+RUN: dict[str, dict[str, Any]] = {
     "model": {
         "preset": "swin_moe_micro",
         "in_chans": 1,
@@ -108,10 +109,7 @@ def local(*options: str) -> list[str]:
 
 def agents(*options: str) -> list[list[str]]:
     """launch/torchrun.sh twice, as on two machines with one process each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        head = f"127.0.0.1:{probe.getsockname()[1]}"
-    script = str(ROOT / "launch" / "torchrun.sh")
+    script, head = str(ROOT / "launch" / "torchrun.sh"), f"127.0.0.1:{free_port()}"
     return [[script, "--nodes", "2", "--head", head, "--per-node", "1", *options]] * 2
 
 

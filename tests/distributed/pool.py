@@ -31,7 +31,8 @@ class PoolError(Exception):
     """A function failed or did not return; the message holds every rank's traceback."""
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens to."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -129,7 +130,7 @@ class Pool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "accelerate", "swinmoe.verify"])
         meeting_point = str(Path(tempfile.mkdtemp(prefix="swinmoe-pool-")) / "store")
-        port = _free_port()
+        port = free_port()
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.world, meeting_point, port, theirs), daemon=True)

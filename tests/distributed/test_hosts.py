@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+import faults
 import pytest
 import two_hosts
 import yaml
@@ -13,20 +13,11 @@ from swinmoe.records import read_records
 
 pytestmark = pytest.mark.distributed
 
-RUN: dict[str, Any] = {
-    "model": {
-        "preset": "swin_moe_micro",
-        "in_chans": 1,
-        "embed_dim": 16,
-        "patch_size": 4,
-        "num_heads": [1, 2],
-        "drop_path_rate": 0.0,
-        "moe": {"num_experts": 4, "top_k": 2},
-    },
-    "data": {"name": "digits", "limit": 128},
-    "optim": {"base_lr": 0.003},
-    "train": {"steps": 4, "epochs": None, "batch_size": 32, "precision": "fp64"},
-    "log": {"every_steps": 1, "peak_flops": 1e11},
+RUN = faults.RUN | {
+    "model": faults.RUN["model"] | {"drop_path_rate": 0.0},  # ranks draw their own
+    "train": faults.RUN["train"] | {"steps": 4, "precision": "fp64"},
+    "checkpoint": {},
+    "parallel": {},
 }
 
 

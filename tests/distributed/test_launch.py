@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from pool import free_port
 
 pytestmark = pytest.mark.distributed
 
@@ -206,9 +206,7 @@ def test_wrong_arguments_are_explained(checkout: Path, arguments: list[str], mes
 
 
 def test_two_agents_meet_as_two_machines(checkout: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        head = f"127.0.0.1:{probe.getsockname()[1]}"
+    head = f"127.0.0.1:{free_port()}"
     keep = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR")}
     command = [
         str(checkout / "launch" / "torchrun.sh"),
