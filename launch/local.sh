@@ -139,7 +139,8 @@ watch_children() {
             fi
           done
         fi
-        await_children "$patience" || end_children
+        # Not SIGTERM: it asks for a checkpoint, which takes all ranks.
+        await_children "$patience" || stop_children KILL
         wait 2> /dev/null || true
         return
       fi

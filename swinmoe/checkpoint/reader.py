@@ -181,14 +181,22 @@ class Stored:
             files.append(TensorFile(self.path / name, record.tensors))
         return Tensors(f"{group!r} of {str(self.path)!r}", files)
 
+    def check(self) -> None:
+        """Hold everything but the tensors' data against the manifest: every file's size, and what small files say.
+
+        Raises:
+            DamagedError: the first file that is missing or not what was written.
+        """
+        for name, record in self.manifest.files.items():
+            check_file(self.path, name, record)
+
     def verify(self) -> None:
         """Read every file whole and hold it against the manifest.
 
         Raises:
             DamagedError: the first thing that is wrong; names the file and, where it can, the tensor.
         """
-        for name, record in self.manifest.files.items():
-            check_file(self.path, name, record)
+        self.check()
         for group in self.groups:
             self.tensors(group).verify()
 

@@ -117,6 +117,7 @@ def _load(job: Job, arms: Sequence[Arm], path: Path) -> int:
     problem, step = None, 0
     try:
         stored = open_checkpoint(path)
+        stored.check()
         step = stored.step
         _check_position(job, stored)
         for arm in arms:

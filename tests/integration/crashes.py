@@ -172,7 +172,7 @@ def kill_again_and_again(folder: Path, kills: int, seed: int = 0) -> Outcome:
         newest = 0
         while True:
             in_save = draw.random() < 0.5 and outcome.kills < kills
-            operation, seconds = draw.randrange(1, 120), draw.uniform(0.02, 0.9) * whole
+            operation, seconds = draw.randrange(1, 2000), draw.uniform(0.02, 0.9) * whole
 
             def work(operation: int = operation if in_save else 0, config: RunConfig = config) -> None:
                 if operation:
