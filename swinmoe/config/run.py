@@ -69,9 +69,22 @@ class MixupConfig:
 class DataConfig:
     """Which images."""
 
-    name: Literal["digits", "fashion_mnist", "folder", "synthetic"] = "digits"
+    name: Literal["digits", "fashion_mnist", "folder", "synthetic", "tar", "zip"] = "digits"
     root: str | None = None
-    """Folder of `fashion_mnist` and `folder`; None = the usual places, which an error lists."""
+    """Folder of `fashion_mnist`, `folder`, `tar` and `zip`; None = the usual places, which an error lists."""
+    train_files: str | None = None
+    """Below root. `zip`: the map of training images; `tar`: shards, as `name-{000000..000999}.tar`. None = as usual."""
+    eval_files: str | None = None
+    """Likewise, of the evaluation images."""
+    num_classes: int | None = None
+    """`tar` and `zip`: labels are 0 ... num_classes - 1; None = up to the highest training label."""
+    label_key: str = "label"
+    """`tar`: where the class id is in a sample's `.json`."""
+    index_dir: str | None = None
+    """`tar`: folder for the index made of each shard; None = beside the shard."""
+    shuffle_window: int | None = None
+    """`tar`: an epoch visits shards in random order and shuffles so many images at a time, so that reading stays almost
+    sequential; None = shuffle all images."""
     image_size: Pair = (32, 32)
     holdout: int = 0
     """So many training images, drawn by `holdout_seed`, are kept out of training and evaluated, not the test set."""
@@ -95,12 +108,19 @@ class DataConfig:
             image_size=at_least(1, "give height and width in pixels"),
             holdout=at_least(0, "use 0 for the data set's own evaluation images"),
             limit=at_least(1, "use null for all images"),
+            num_classes=at_least(1, "use null for the highest training label plus one"),
+            shuffle_window=at_least(1, "use null to shuffle all images"),
             synthetic_samples=at_least(1),
             synthetic_classes=at_least(1),
             workers=at_least(0, "use 0 to load in the training process"),
         )
         if self.channels not in (None, 1, 3):
             raise ConfigError(f"data.channels={self.channels} is not possible; use 1 (grey), 3 (RGB) or null")
+        if self.shuffle_window is not None and self.name != "tar":
+            raise ConfigError(
+                f"data.shuffle_window={self.shuffle_window} is for data.name=tar, not {self.name}; use null, which "
+                "shuffles all images"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

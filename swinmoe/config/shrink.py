@@ -24,6 +24,7 @@ def shrink(run: RunConfig) -> RunConfig:
             "synthetic_samples": 4 * batch,
             "synthetic_classes": CLASSES,
             "holdout": 0,
+            "shuffle_window": None,
             "workers": 0,
         },
         "schedule": {"warmup_steps": 1},

@@ -14,10 +14,17 @@ from swinmoe.data.fashion_mnist import load_fashion_mnist
 from swinmoe.data.folder import load_folder
 from swinmoe.data.source import RawData
 from swinmoe.data.synthetic import load_synthetic
+from swinmoe.data.tar_shards import load_tar
+from swinmoe.data.zip_map import load_zip
 from swinmoe.errors import ConfigError, DataError
 from swinmoe.randomness import derive_seed, generator
 
 _LUMA = (0.299, 0.587, 0.114)
+_NO_EVALUATION = {
+    "folder": "neither a folder 'val' nor 'test'",
+    "tar": "neither shards val-*.tar nor test-*.tar, and data.eval_files names none",
+    "zip": "neither val_map.txt nor test_map.txt, and data.eval_files names none",
+}
 
 
 @dataclass(frozen=True)
@@ -65,8 +72,8 @@ def _build(cfg: DataConfig, seed: int) -> DataBundle:
         train, evaluation, split = train.take(kept), train.take(held), "holdout"
     if evaluation is None:
         raise DataError(
-            f"data.root={cfg.root} has neither a folder 'val' nor 'test'; add one, or set data.holdout to the number "
-            "of training images to evaluate on instead"
+            f"data.root={cfg.root} has {_NO_EVALUATION[cfg.name]}; add one, or set data.holdout to the number of "
+            "training images to evaluate on instead"
         )
     if cfg.limit is not None:
         train = train.take(torch.arange(min(cfg.limit, len(train.targets))))
@@ -95,6 +102,10 @@ def _load(cfg: DataConfig) -> RawData:
             return load_folder(cfg.root)
         case "synthetic":
             return load_synthetic(cfg)
+        case "tar":
+            return load_tar(cfg)
+        case "zip":
+            return load_zip(cfg)
 
 
 def _to_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:

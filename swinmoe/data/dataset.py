@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from swinmoe.config import AugmentConfig
-from swinmoe.data.source import ArraySource, FileSource
+from swinmoe.data.source import ArraySource, ImageSource
+from swinmoe.data.tar_shards import TarSource
 from swinmoe.data.transforms import Augment, Normalise, Size, pixels, resize, resize_and_crop, to_channels
 
 
@@ -31,7 +32,7 @@ class ImageDataset:
 
     def __init__(
         self,
-        source: ArraySource | FileSource,
+        source: ImageSource,
         *,
         size: Size,
         mean: tuple[float, ...],
@@ -52,6 +53,11 @@ class ImageDataset:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @property
+    def shards(self) -> npt.NDArray[np.int32] | None:
+        """(N,) number of the shard each image is in; None where they are not in shards."""
+        return self._source.shard if isinstance(self._source, TarSource) else None
 
     def image(self, index: int) -> npt.NDArray[np.uint8]:
         """(H, W, 3) uint8: the picture the plain view shows, before normalisation, as RGB whatever C is."""

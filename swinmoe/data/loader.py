@@ -19,6 +19,7 @@ from swinmoe.config import DataConfig
 from swinmoe.data.batch import Batch
 from swinmoe.data.dataset import ImageDataset
 from swinmoe.data.mixup import Mixer
+from swinmoe.data.order import windowed
 from swinmoe.errors import ConfigError, SwinMoEError
 from swinmoe.randomness import generator
 
@@ -29,10 +30,11 @@ Order = tuple[int | None, list[int]]
 class TrainStream:
     """The endless, reproducible stream of training batches, as one rank sees it.
 
-    Each epoch is a permutation drawn by (seed, epoch); a step takes the next B of it, and what does not fill a batch
-    is left out of that epoch. Micro-batch m of rank r is the contiguous slice m·R + r of the step's batch: the images
-    of a step are the same for any number of ranks and accumulation steps, and with a given A so are those that all
-    ranks together see in micro-step m. Mixup, where on, mixes inside each micro-batch, so its pairs depend on b.
+    Each epoch is a permutation drawn by (seed, epoch), of all images or, with `data.shuffle_window`, of tar shards and
+    then of nearby images; a step takes the next B of it, and what does not fill a batch is left out of that epoch.
+    Micro-batch m of rank r is the contiguous slice m·R + r of the step's batch: the images of a step are the same for
+    any number of ranks and accumulation steps, and with a given A so are those that all ranks together see in
+    micro-step m. Mixup, where on, mixes inside each micro-batch, so its pairs depend on b.
 
     Args:
         dataset: the training split.
@@ -90,6 +92,7 @@ class TrainStream:
         self._batch_size, self._accumulation = batch_size, accumulation
         self._rank, self._world = rank, world
         self._seed = seed
+        self._window = data.shuffle_window
 
     def iterate(self, start_step: int, stop_step: int) -> Iterator[tuple[Batch, ...]]:
         """For each optimiser step in [start_step, stop_step) this rank's A micro-batches; nothing earlier is loaded.
@@ -109,11 +112,17 @@ class TrainStream:
         for step in range(start_step, stop_step):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
-                order = torch.randperm(len(self._dataset), generator=generator("order", self._seed, epoch))
+                order = self._order(epoch)
             first = step % self.steps_per_epoch * self._batch_size
             for micro in range(self._accumulation):
                 start = first + (micro * self._world + self._rank) * b
                 yield epoch, order[start : start + b].tolist()
+
+    def _order(self, epoch: int) -> Tensor:
+        draws, shards = generator("order", self._seed, epoch), self._dataset.shards
+        if self._window is not None and shards is not None:
+            return windowed(shards, self._window, draws)
+        return torch.randperm(len(self._dataset), generator=draws)
 
 
 def eval_batches(dataset: ImageDataset, *, batch_size: int, rank: int, world: int, workers: int = 0) -> Iterator[Batch]:

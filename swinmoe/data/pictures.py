@@ -20,6 +20,7 @@ from swinmoe.data.transforms import Normalise, pixels, resize, resize_and_crop, 
 from swinmoe.errors import DataError
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_PHOTOGRAPHS = ("folder", "tar", "zip")
 
 
 def find_pictures(paths: Iterable[Path | str]) -> list[Path]:
@@ -87,8 +88,8 @@ def preparation(cfg: DataConfig) -> Preparation:
     try:
         bundle = build_data(cfg, seed=0)
     except DataError:
-        if cfg.name != "folder":
+        if cfg.name not in _PHOTOGRAPHS:
             raise
         return Preparation(cfg.image_size, IMAGENET_MEAN, IMAGENET_STD, True, None)
-    photographs = cfg.name == "folder"
+    photographs = cfg.name in _PHOTOGRAPHS
     return Preparation(cfg.image_size, bundle.mean, bundle.std, photographs, bundle.class_names)

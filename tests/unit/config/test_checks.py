@@ -53,6 +53,8 @@ NONSENSE: dict[str, list[Any]] = {
     "data.image_size": [0, [0, 8], [8, -1]],
     "data.holdout": [-1],
     "data.limit": [0, -1],
+    "data.num_classes": [0, -1],
+    "data.shuffle_window": [0, -1],
     "data.channels": [0, 2, 4],
     "data.synthetic_samples": [0],
     "data.synthetic_classes": [0],

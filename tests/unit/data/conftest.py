@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import io
+import json
 import random
 import struct
+import tarfile
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -69,3 +73,59 @@ def image_folder(tmp_path: Path) -> Path:
                 image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
                 image.convert(("RGB", "L", "P")[number]).save(folder / f"{number}.png")
     return root
+
+
+def _labelled(folder: Path) -> list[tuple[Path, int]]:
+    """The pictures of a class folder in the order in which data.name=folder lists them, with their labels."""
+    names = sorted(path.name for path in folder.iterdir())
+    return [(path, label) for label, name in enumerate(names) for path in sorted((folder / name).iterdir())]
+
+
+@pytest.fixture
+def zip_root(image_folder: Path, tmp_path: Path) -> Path:
+    """`image_folder` as zip + map: training deflated, evaluation stored, with members that no map names."""
+    root = tmp_path / "zips"
+    root.mkdir()
+    for split, method in (("train", zipfile.ZIP_DEFLATED), ("val", zipfile.ZIP_STORED)):
+        lines = []
+        with zipfile.ZipFile(root / f"{split}.zip", "w", method) as archive:
+            archive.writestr("README", "not a picture")
+            for path, label in reversed(_labelled(image_folder / split)):
+                inner = str(path.relative_to(image_folder / split))
+                archive.write(path, inner)
+                lines.append(f"{inner}\t{label}\n")
+        (root / f"{split}_map.txt").write_text("".join(reversed(lines)))
+    return root
+
+
+@pytest.fixture
+def tar_root(image_folder: Path, tmp_path: Path) -> Path:
+    """`image_folder` as tar shards: labels by turns in .cls and .json, with members of other kinds."""
+    root = tmp_path / "tars"
+    root.mkdir()
+    for split in ("train", "val"):
+        samples = _labelled(image_folder / split)
+        for shard in range(2):
+            with tarfile.open(root / f"{split}-{shard:06}.tar", "w") as tar:
+                half = len(samples) // 2
+                for number, (path, label) in enumerate(samples[shard * half : (shard + 1) * half]):
+                    key = f"./{split}/{number:04}"
+                    add_member(tar, f"{key}.txt", b"a caption")
+                    add_member(tar, f"{key}.png", path.read_bytes())
+                    if number % 2:
+                        add_member(tar, f"{key}.json", json.dumps({"label": label, "url": "nowhere"}).encode())
+                    else:
+                        add_member(tar, f"{key}.cls", f"{label}\n".encode())
+    return root
+
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture
+def put() -> Callable[[tarfile.TarFile, str, bytes], None]:
+    """Adds a member to a tar archive."""
+    return add_member
