@@ -79,6 +79,10 @@ def test_values_of_64_bits_come_from_the_extra_field(tmp_path: Path) -> None:
     (tmp_path / "bad.zip").write_bytes(local + central.replace(b"\1\0\x18\0", b"\2\0\x18\0") + end)
     with pytest.raises(DataError, match=r"bad\.zip@/a lacks its ZIP64 field"):
         list(directory(str(tmp_path / "bad.zip")))
+    far = central.replace(struct.pack("<3Q", 3, 3, 0), struct.pack("<3Q", 3, 3, 5))
+    (tmp_path / "far.zip").write_bytes(local + far + end)
+    with pytest.raises(DataError, match=r"far\.zip@/a lies outside the archive"):
+        list(directory(str(tmp_path / "far.zip")))
 
 
 @pytest.mark.parametrize("cut", [1, 21, 22, 23, 60, 200])
