@@ -75,13 +75,16 @@ def experts_alone(args: argparse.Namespace, layer: MoEMlp, world: int) -> Step:
     return step
 
 
-def tutel_layer(args: argparse.Namespace, world: int) -> nn.Module | None:
+def tutel_layer(args: argparse.Namespace, world: int, swin_moe: bool) -> nn.Module | None:
+    """With the capacity that forced balance needs and ours' loss, or as Swin-MoE's configs set it up: capacity factor
+    1.25, prioritised, noise, load and importance loss."""
     try:
         from tutel import moe as tutel_moe
     except ImportError:
         return None
     layer: nn.Module = tutel_moe.moe_layer(
-        gate_type={"type": "top", "k": 1, "capacity_factor": 1.0, "fp32_gate": True},
+        gate_type={"type": "top", "k": 1, "capacity_factor": 1.25 if swin_moe else 1.0, "fp32_gate": True}
+        | ({"gate_noise": 1.0} if swin_moe else {}),
         model_dim=args.dim,
         experts={
             "num_experts_per_device": args.experts // world,
@@ -89,7 +92,8 @@ def tutel_layer(args: argparse.Namespace, world: int) -> nn.Module | None:
             "hidden_size_per_expert": args.hidden,
             "activation_fn": F.gelu,
         },
-        is_gshard_loss=True,
+        batch_prioritized_routing=swin_moe,
+        is_gshard_loss=not swin_moe,
         normalize_gate=False,
     )
     force_balance(layer.gates[0].wg.weight)
@@ -122,9 +126,10 @@ def main() -> None:
     }
     _, stats = layer(x)
     assert set(stats.routed.tolist()) == {args.tokens // args.experts}, "balance was meant to be forced"
-    peer = tutel_layer(args, world)
-    if peer is not None:
-        steps["tutel"] = step_of(peer, x, slope)
+    for name, swin_moe in (("tutel", False), ("tutel as in Swin-MoE", True)):
+        peer = tutel_layer(args, world, swin_moe)
+        if peer is not None:
+            steps[name] = step_of(peer, x, slope)
     taken = take_turns(steps, args.rounds)
     if dist.get_rank() == 0:
         medians = {name: statistics.median(values) for name, values in taken.items()}
@@ -134,8 +139,8 @@ def main() -> None:
             "over dense": {name: round(value / medians["dense MLP"], 3) for name, value in medians.items()},
             "outside experts": round(1 - medians["experts alone"] / medians["ragged"], 3),
         }
-        if peer is not None:
-            report["over tutel"] = {name: round(value / medians["tutel"], 3) for name, value in medians.items()}
+        for peer_name in (name for name in medians if name.startswith("tutel")):
+            report[f"over {peer_name}"] = {n: round(value / medians[peer_name], 3) for n, value in medians.items()}
         print(json.dumps(report, indent=1))
     stop_processes()
 
