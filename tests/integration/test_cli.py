@@ -47,7 +47,7 @@ def test_train_leaves_records_config_and_a_checkpoint(config: Path, tmp_path: Pa
     kinds = [line["kind"] for line in read_records(tmp_path / "one" / "records.jsonl")]
     assert kinds == ["run", "arm", "step", "step", "eval", "final"]
     assert (tmp_path / "one" / "config.yaml").is_file()
-    assert [p.name for p in (tmp_path / "one" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert sorted(p.name for p in (tmp_path / "one" / "checkpoints").iterdir()) == ["latest", "step-00000002"]
     again = _run("train", str(config), f"output_dir={tmp_path}", "name=one")
     assert again.returncode == 2 and "already holds a run; use resume=auto" in again.stderr
     report = _run("report", str(tmp_path / "one"))
