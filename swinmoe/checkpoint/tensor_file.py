@@ -90,7 +90,8 @@ class Digests:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     assert tensor.device.type == "cpu" and tensor.is_contiguous()
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    view: memoryview = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    return view
 
 
 def sha256(data: memoryview | bytes) -> str:

@@ -88,7 +88,7 @@ def join_ranks(
     for name in experts:
         state[name] = torch.cat([rank[name] for rank in ranks])
     for name in [name for name in state if EXPERT.fullmatch(name)]:
-        layer = str(EXPERT.fullmatch(name)["layer"])  # type: ignore[index]
+        layer = _layer_of(name)
         whole, note = _whole(name, state, _num_experts(state, layer), len(ranks), in_master=name not in experts)
         state[name] = whole
         if note:
@@ -183,9 +183,16 @@ def _whole(name: str, state: State, experts: int, ranks: int, *, in_master: bool
     return parts, ""
 
 
+def _layer_of(name: str) -> str:
+    """What stands before `experts.` in the name of an expert tensor."""
+    match = EXPERT.fullmatch(name)
+    assert match is not None, name
+    return match["layer"]
+
+
 def _check_slices(name: str, state: State, slices: int) -> None:
     """The second bias is cut along with the experts, and tells into how many slices."""
-    layer = str(EXPERT.fullmatch(name)["layer"])  # type: ignore[index]
+    layer = _layer_of(name)
     bias = state.get(f"{layer}experts.batched_fc2_bias")
     if bias is None:
         return
@@ -199,7 +206,7 @@ def _check_slices(name: str, state: State, slices: int) -> None:
 
 
 def _width(name: str, state: State) -> int:
-    layer = str(EXPERT.fullmatch(name)["layer"])  # type: ignore[index]
+    layer = _layer_of(name)
     return int(state[f"{layer}experts.batched_fc2_w"].shape[-1])
 
 

@@ -106,10 +106,8 @@ class WeightsTravel:
         axes = {"fc1": 1, "b1": 1, "fc2": 2, "b2": 1}  # of an expert's slices
         present = {name: tensor for name in axes if (tensor := getattr(w, name)) is not None}
         parts = all_gather_sum(list(present.values()), self.group, f"{self.layer}: gathering expert weights")
-        whole: dict[str, Tensor | None] = dict.fromkeys(axes)
-        for name, part in zip(present, parts, strict=True):
-            whole[name] = join_slices(part, self.slices, axes[name])
-        return ExpertWeights(whole["fc1"], whole["b1"], whole["fc2"], whole["b2"])  # type: ignore[arg-type]
+        whole = {name: join_slices(part, self.slices, axes[name]) for name, part in zip(present, parts, strict=True)}
+        return ExpertWeights(whole["fc1"], whole.get("b1"), whole["fc2"], whole.get("b2"))
 
     def __deepcopy__(self, memo: dict[int, object]) -> WeightsTravel:
         return self

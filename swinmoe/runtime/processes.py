@@ -8,7 +8,7 @@ from itertools import groupby
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.distributed import Store  # type: ignore[attr-defined]  # documented, not exported
 from torch.distributed.rendezvous import rendezvous
 
 from swinmoe.errors import DistributedError

@@ -163,7 +163,8 @@ def _apply(experts: nn.Module, expert: int, rows: Tensor) -> Tensor:
     fc1, fc2 = stack.fc1[expert], stack.fc2[expert]
     b1, b2 = (None if bias is None else bias[expert] for bias in (stack.b1, stack.b2))
     if type(experts).function is not Experts.function:
-        alone = ExpertWeights(*(None if w is None else w.unsqueeze(0) for w in (fc1, b1, fc2, b2)))  # type: ignore[arg-type]
+        biases = [None if bias is None else bias.unsqueeze(0) for bias in (b1, b2)]
+        alone = ExpertWeights(fc1.unsqueeze(0), biases[0], fc2.unsqueeze(0), biases[1])
         return experts.function(False)(rows.unsqueeze(0), None, alone).squeeze(0)
     return F.linear(experts.activation.value(F.linear(rows, fc1, b1)), fc2, b2)
 
