@@ -13,7 +13,8 @@ from rich.table import Table
 from swinmoe.commands.telling import telling
 from swinmoe.data import DataBundle, build_data
 from swinmoe.errors import ConfigError
-from swinmoe.report.evaluation import CapacityPoint, ConfidenceBin, capacity_figure, reliability_figure
+from swinmoe.records import ConfidenceBin
+from swinmoe.report.evaluation import CapacityPoint, capacity_figure, reliability_figure
 from swinmoe.runtime import describe_environment
 from swinmoe.train.evaluate_model import AtCapacity, Pass, independence, look_at, sweep
 from swinmoe.train.evaluate_scores import BEST, Calibration, ClassScore, by_class, calibration

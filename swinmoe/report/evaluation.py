@@ -5,18 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from swinmoe.records import ConfidenceBin
 from swinmoe.report.theme import LIGHT, Theme, new_figure, styled, to_png
-
-
-@dataclass(frozen=True)
-class ConfidenceBin:
-    """Images whose confidence lies in (low, high]."""
-
-    low: float
-    high: float
-    count: int
-    confidence: float
-    accuracy: float
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swinmoe.records import ConfidenceBin
+
 BINS = 15
 """As in Guo et al. 2017."""
 BEST = 5
@@ -93,22 +95,10 @@ def by_class(predictions: Predictions, num_classes: int) -> list[ClassScore]:
 
 
 @dataclass(frozen=True)
-class Bin:
-    """Images whose confidence lies in (low, high]."""
-
-    low: float
-    high: float
-    count: int
-    confidence: float
-    """Mean; 0 without images."""
-    accuracy: float
-
-
-@dataclass(frozen=True)
 class Calibration:
     """Confidence against accuracy (Guo et al. 2017)."""
 
-    bins: tuple[Bin, ...]
+    bins: tuple[ConfidenceBin, ...]
     ece: float
     """Expected calibration error: Σ_b n_b/N · |accuracy_b − confidence_b|."""
     mce: float
@@ -129,6 +119,8 @@ def calibration(confidence: Tensor, correct: Tensor, bins: int = BINS) -> Calibr
     said = torch.bincount(index, weights=confidence, minlength=bins) / counts.clamp(min=1)
     true = torch.bincount(index, weights=correct.double(), minlength=bins) / counts.clamp(min=1)
     gaps = (said - true).abs()
-    found = tuple(Bin(b / bins, (b + 1) / bins, int(counts[b]), float(said[b]), float(true[b])) for b in range(bins))
+    found = tuple(
+        ConfidenceBin(b / bins, (b + 1) / bins, int(counts[b]), float(said[b]), float(true[b])) for b in range(bins)
+    )
     share = counts.double() / max(1, len(confidence))
     return Calibration(found, float((share * gaps).sum()), float(gaps.max()))

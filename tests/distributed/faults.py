@@ -19,6 +19,9 @@ from typing import Any
 import yaml
 from pool import free_port
 
+sys.path.append(str(Path(__file__).parents[1]))
+from micro import MICRO
+
 from swinmoe.checkpoint import latest_checkpoint, load_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -28,11 +31,7 @@ IMPATIENT = 0.1
 """Minutes that a collective may take, where a test waits for that to pass."""
 RUN: dict[str, dict[str, Any]] = {
     "model": {
-        "preset": "swin_moe_micro",
-        "in_chans": 1,
-        "embed_dim": 16,
-        "patch_size": 4,
-        "num_heads": [1, 2],
+        **MICRO,
         "drop_path_rate": 0.1,
         "moe": {"num_experts": 4, "top_k": 2},
     },

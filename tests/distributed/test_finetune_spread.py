@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from micro import MICRO
 
 from swinmoe.checkpoint import latest_checkpoint, load_checkpoint
 from swinmoe.records import read_records
@@ -26,11 +27,7 @@ COMMON = {
 }
 PRETRAIN = COMMON | {
     "model": {
-        "preset": "swin_moe_micro",
-        "in_chans": 1,
-        "embed_dim": 16,
-        "patch_size": 4,
-        "num_heads": [1, 2],
+        **MICRO,
         "drop_path_rate": 0.0,
         "moe": {"num_experts": 4, "top_k": 2, "router": {"bias_update_rate": 0.01}},
     },

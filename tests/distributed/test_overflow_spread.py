@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from micro import MICRO
 from pool import Pool
 
 from swinmoe.config import ParallelConfig
@@ -25,11 +26,7 @@ pytestmark = pytest.mark.distributed
 
 RUN = {
     "model": {
-        "preset": "swin_moe_micro",
-        "in_chans": 1,
-        "embed_dim": 16,
-        "patch_size": 4,
-        "num_heads": [1, 2],
+        **MICRO,
         "drop_path_rate": 0.0,
         "moe": {"num_experts": 4, "top_k": 2},
     },

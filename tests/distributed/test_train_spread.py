@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from micro import MICRO
 
 from swinmoe.checkpoint import latest_checkpoint, load_checkpoint
 from swinmoe.checkpoint.naming import num_experts
@@ -20,11 +21,7 @@ pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).parents[2]
 RUN = {
     "model": {
-        "preset": "swin_moe_micro",
-        "in_chans": 1,
-        "embed_dim": 16,
-        "patch_size": 4,
-        "num_heads": [1, 2],
+        **MICRO,
         "drop_path_rate": 0.0,
         "moe": {"num_experts": 4, "top_k": 2, "router": {"bias_update_rate": 0.01}},
     },

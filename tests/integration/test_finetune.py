@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from micro import MICRO
 
 from swinmoe.checkpoint import checkpoints, latest_checkpoint, load_checkpoint
 from swinmoe.config import RunConfig
@@ -25,11 +26,7 @@ LAYER = "layers.1.blocks.1.mlp"
 PRETRAIN: dict[str, Any] = {
     "name": "pre",
     "model": {
-        "preset": "swin_moe_micro",
-        "in_chans": 1,
-        "embed_dim": 16,
-        "patch_size": 4,
-        "num_heads": [1, 2],
+        **MICRO,
         "drop_path_rate": 0.1,
         "num_classes": 7,
         "moe": {"num_experts": 4, "top_k": 2, "router": {"bias_update_rate": 0.01}, "losses": {"gshard": 0.02}},

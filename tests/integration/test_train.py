@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from micro import MICRO
 
 from swinmoe.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, open_checkpoint
 from swinmoe.compare import compare
@@ -23,11 +24,7 @@ from swinmoe.train.loss_scale import LossScale
 BASE: dict[str, Any] = {
     "name": "run",
     "model": {
-        "preset": "swin_moe_micro",
-        "in_chans": 1,
-        "embed_dim": 16,
-        "patch_size": 4,
-        "num_heads": [1, 2],
+        **MICRO,
         "drop_path_rate": 0.1,
         "moe": {"num_experts": 4},
     },

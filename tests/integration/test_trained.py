@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from micro import MICRO
 from PIL import Image
 
 from swinmoe.cli import app
@@ -26,12 +27,8 @@ from swinmoe.train.opened import Opened, open_model
 RUN: dict[str, Any] = {
     "name": "run",
     "model": {
-        "preset": "swin_moe_micro",
-        "in_chans": 1,
-        "embed_dim": 16,
-        "patch_size": 4,
+        **MICRO,
         "img_size": 16,
-        "num_heads": [1, 2],
         "num_classes": 10,
         "moe": {"num_experts": 4, "top_k": 2},
     },

@@ -305,15 +305,17 @@ def test_recomputation_keeps_less() -> None:
         assert kept(model) < 0.7 * direct
 
 
+def exported(model: SwinTransformer, images: torch.Tensor) -> torch.nn.Module:
+    """`model` as a program for any number of images."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about torch's own
+        return torch.export.export(model, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}).module()
+
+
 @pytest.mark.parametrize("style", ["v1", "v2"])
 def test_export_with_a_dynamic_batch(style: str) -> None:
     model = tiny(style, img_size=(18, 14))  # pads and shifts
-    images = torch.randn(3, 3, 18, 14, dtype=torch.float64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, about torch's own
-        program = torch.export.export(
-            model, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
-        ).module()
+    program = exported(model, torch.randn(3, 3, 18, 14, dtype=torch.float64))
     for batch in (1, 3, 5):
         images = torch.randn(batch, 3, 18, 14, dtype=torch.float64)
         assert torch.allclose(program(images).logits, model(images).logits, atol=1e-12)
@@ -330,12 +332,7 @@ def test_static_layout_exports_with_a_dynamic_batch() -> None:
         shared_expert_ratio=0.5,
     )
     model = tiny("v1", moe=moe, moe_blocks=((), (0,)), depths=(1, 1), img_size=(18, 14))
-    images = torch.randn(3, 3, 18, 14, dtype=torch.float64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, about torch's own
-        program = torch.export.export(
-            model, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
-        ).module()
+    program = exported(model, torch.randn(3, 3, 18, 14, dtype=torch.float64))
     for batch in (1, 3, 7):
         images = torch.randn(batch, 3, 18, 14, dtype=torch.float64)
         got, expected = program(images), model(images)
