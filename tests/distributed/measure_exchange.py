@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from timing import take_turns
 from torch import Tensor
 from two_hosts import BURST_KIB, two_hosts, why_not
 
@@ -30,6 +28,7 @@ from swinmoe.comm import Journey, departure_order, direct, regroup, take, two_st
 from swinmoe.config import BalanceLossConfig, MoEConfig, ParallelConfig
 from swinmoe.moe import MoEMlp
 from swinmoe.parallel import apply_expert_parallel, make_mesh, use_exchange
+from swinmoe.profiling import take_turns
 from swinmoe.runtime import start_processes, stop_processes
 
 DIM, HOSTS, PER_HOST = 256, 2, 2
@@ -89,7 +88,7 @@ def exchanges(rounds: int) -> dict[str, Any]:
             "2dh": travel(two_stages(sent, me, PER_HOST, token_group.inner, token_group.outer), rows, order),
         }
         assert torch.equal(steps["flat"](), steps["2dh"]())
-        medians = {name: statistics.median(ms) for name, ms in take_turns(steps, rounds).items()}
+        medians = {name: timing.median for name, timing in take_turns(steps, rounds, group=dist.group.WORLD).items()}
         # Over the link, one way: each rank of a host sends to each of the other host.
         table.append({"kib_over_link": PER_HOST * PER_HOST * count * DIM * 4 / 1024, **medians})
     kib = [row["kib_over_link"] for row in table]
@@ -123,8 +122,8 @@ def layer_steps(rounds: int) -> dict[str, float]:
 
         return step
 
-    taken = take_turns({name: step_with(way) for name, way in ways.items()}, rounds)
-    return {name: round(statistics.median(ms), 2) for name, ms in taken.items()}
+    taken = take_turns({name: step_with(way) for name, way in ways.items()}, rounds, group=mesh.world_group)
+    return {name: round(timing.median, 2) for name, timing in taken.items()}
 
 
 def main() -> None:

@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timing import take_turns
 from torch import Tensor, nn
 
 from swinmoe.config import BalanceLossConfig, CapacityConfig, CapacityPolicy, MoEConfig, ParallelConfig
 from swinmoe.moe import MoEMlp
 from swinmoe.parallel import Mesh, apply_expert_parallel, make_mesh
+from swinmoe.profiling import take_turns
 from swinmoe.runtime import start_processes, stop_processes
 
 Step = Callable[[], None]
@@ -130,9 +129,9 @@ def main() -> None:
         peer = tutel_layer(args, world, swin_moe)
         if peer is not None:
             steps[name] = step_of(peer, x, slope)
-    taken = take_turns(steps, args.rounds)
+    taken = take_turns(steps, args.rounds, group=mesh.world_group)
     if dist.get_rank() == 0:
-        medians = {name: statistics.median(values) for name, values in taken.items()}
+        medians = {name: timing.median for name, timing in taken.items()}
         report = {
             "shapes": vars(args) | {"processes": world},
             "ms": {name: round(value, 2) for name, value in medians.items()},
