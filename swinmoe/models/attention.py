@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinmoe.config import StyleConfig
+from swinmoe.models.blocked_attention import blocked_attention
 from swinmoe.models.layers import linear
 from swinmoe.models.position import num_offsets, resize_table
 from swinmoe.models.windows import WindowGrid
@@ -107,6 +108,10 @@ class WindowAttention(nn.Module):
         (rows, cols), (wh, ww) = grid.counts, grid.window
         batch, dim = x.shape[0], x.shape[-1]
         qkv = F.linear(x, self.qkv.weight, self._qkv_bias())
+        if self._blocked(qkv):
+            bias = self.position_bias(tables).view(heads, grid.area, grid.area)
+            cosine = self.style.similarity == "cosine"
+            return blocked_attention(qkv, bias, self._scale(1).view(-1) if cosine else None, tables.mask, grid)
         qkv = qkv.view(batch, rows, wh, cols, ww, 3, heads, dim // heads).permute(5, 0, 1, 3, 6, 2, 4, 7)
         # Without a mask the bias differs by head only; with one, by window and head: either way axis 1 is the bias's.
         lead = (batch * grid.num_windows, heads) if tables.mask is None else (batch, grid.num_windows * heads)
@@ -120,6 +125,13 @@ class WindowAttention(nn.Module):
         y = self._weigh(q, k, v, self._bias(tables), scale)
         y = y.view(batch, rows, cols, heads, wh, ww, dim // heads).permute(0, 1, 4, 2, 5, 3, 6)
         return y.reshape(batch, rows * wh, cols * ww, dim)
+
+    def _blocked(self, qkv: Tensor) -> bool:
+        """Whether this pass is one for `blocked_attention`."""
+        if self.attention_impl != "auto" or qkv.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        dropped = self.attn_drop > 0 and self.training
+        return qkv.dtype in (torch.float32, torch.float64) and not dropped and self.mask_value is None
 
     def _weigh(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
         """(b, a, N, d) three times and an additive bias (a, N, N) -> (b, a, N, d)."""
