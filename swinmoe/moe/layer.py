@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from swinmoe.config.moe import MoEConfig
 from swinmoe.errors import RoutingError
-from swinmoe.moe import dispatch, dispatchers, experts, losses, routers
+from swinmoe.moe import dispatch, dispatchers, experts, losses, phases, routers
 from swinmoe.moe.capacity import capacity
 from swinmoe.moe.dispatchers import Dispatcher, choose
 from swinmoe.moe.execution import LocalExecution
 from swinmoe.moe.registry import DISPATCHERS, EXPERTS, ROUTERS
 from swinmoe.moe.routers import Router
-from swinmoe.moe.types import DispatchPlan, ExpertExecution, Queues, Route, Routing, RoutingStats
+from swinmoe.moe.types import DispatchPlan, ExpertExecution, ExpertRows, Queues, Route, Routing, RoutingStats
 from swinmoe.randomness import derive_seed
 
 _BUILT_IN = (dispatchers, experts, routers)  # imported for the names they register
@@ -101,7 +101,8 @@ class MoEMlp(nn.Module):
 
         Who recomputes activations recomputes `carry` alone, so that decisions and metadata are not made twice.
         """
-        routing: Routing = self.router(tokens, noise)
+        outside = phases.current()
+        routing: Routing = self.router(phases.border(tokens, outside, "route"), noise)
         policy = self.cfg.capacity.train if self.training else self.cfg.capacity.eval
         num_tokens = tokens.shape[0]  # not len(), which makes a number of a symbolic size
         limit = capacity(policy, num_tokens, self.num_experts, self.top_k)
@@ -109,7 +110,9 @@ class MoEMlp(nn.Module):
         slots = self.dispatcher.slots(queues, limit, policy)
         route = self.execution.prepare(queues.counts, slots)
         plan = dispatch.plan(routing, queues, rows=self._num_rows(queues, route), slots=slots)
-        return routing, plan, route, self._statistics(routing, queues)
+        stats = self._statistics(routing, queues)
+        phases.enter(outside)
+        return routing, plan, route, stats
 
     def carry(self, tokens: Tensor, routing: Routing, plan: DispatchPlan, route: Route) -> Tensor:
         """Take tokens (T, D) to their experts and back, as decided.
@@ -118,14 +121,18 @@ class MoEMlp(nn.Module):
         recomputation otherwise ends with the last tensor that the backward pass needs, and may leave an exchange begun
         and not finished, for which other ranks wait.
         """
-        rows = self.dispatcher.scatter(tokens, routing, plan)
-        function = self.experts.function(self.training)
+        outside = phases.current()
+        rows = self.dispatcher.scatter(phases.border(tokens, "route", "scatter"), routing, plan)
+        rows = ExpertRows(phases.border(rows.rows, "scatter", "exchange_out"), rows.counts)
+        function = phases.watched(self.experts.function(self.training))
         out = self.execution.run(rows, route, self.experts.weights(), function)
-        y = self.dispatcher.gather(out, routing, plan)
-        if self.shared is not None:
-            everyone = tokens.unsqueeze(0)  # all rows go to the one expert: the padded layout without padding
-            y = y + self.shared.function(self.training)(everyone, None, self.shared.weights()).squeeze(0)
-        return y
+        y = self.dispatcher.gather(phases.border(out, "exchange_back", "gather"), routing, plan)
+        if self.shared is None:
+            return phases.border(y, "gather", outside)
+        y = phases.border(y, "gather", "experts")
+        everyone = tokens.unsqueeze(0)  # all rows go to the one expert: the padded layout without padding
+        y = y + self.shared.function(self.training)(everyone, None, self.shared.weights()).squeeze(0)
+        return phases.border(y, "experts", outside)
 
     def _num_rows(self, queues: Queues, route: Route) -> int | None:
         """Kept choices on this rank where the layout depends on them, without asking the device if anyone knows."""

@@ -15,7 +15,7 @@ rows. The backward pass runs the same line in reverse: while one part's gradient
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ from swinmoe.comm import (
     two_stages,
 )
 from swinmoe.comm.all_to_all import Group
+from swinmoe.moe import phases
 from swinmoe.moe.precision import autocast_dtype
 from swinmoe.moe.types import ExpertFn, ExpertRows, ExpertWeights, Route
 from swinmoe.parallel.mesh import TokenGroup
@@ -132,12 +133,15 @@ class TokensTravel:
         out[0] = ways[0].change(out[0], going)
         back = []
         for i, (chunk, weights) in enumerate(zip(plan.chunks, self._weights_of(plan, w), strict=True)):
+            phases.enter("exchange_out")
             if i + 1 < len(out):
                 out[i + 1] = ways[i + 1].change(out[i + 1], going)
             arrived = ways[i].arrive(out[i]).to(dtype)
             done = _padded(arrived, chunk, weights, fn) if padded else fn(arrived, chunk.segments, weights)
             dtype = done.dtype
-            back.append(chunk.way_back.depart(done.to(light or dtype), coming))
+            flight = chunk.way_back.depart(done.to(light or dtype), coming)
+            # Backward, this chunk's gradients are waited for after another chunk's have left on their way out.
+            back.append(replace(flight, token=phases.border(flight.token, "exchange_back", "exchange_back")))
         back = [chunk.way_back.change(flight, coming) for chunk, flight in zip(plan.chunks, back, strict=True)]
         returned = [chunk.way_back.arrive(flight) for chunk, flight in zip(plan.chunks, back, strict=True)]
         whole = returned[0] if len(returned) == 1 else torch.cat(returned)
