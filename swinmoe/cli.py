@@ -317,6 +317,31 @@ def experts(
     command.run(model, out, edit, data=data, images=images, average=average)
 
 
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    ranks: Annotated[str, typer.Option("--ranks", help="Numbers of ranks to plan for, e.g. 1,8,64,4096.")] = "1,8,64",
+    hardware: Annotated[str, typer.Option("--hardware", help="h100, a100, cpu, or a YAML file of figures.")] = "h100",
+    processes_per_node: Annotated[
+        int | None, typer.Option("--processes-per-node", help="Ranks that share a machine; default the hardware's.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", help="Images of each rank per step; default: the config's batch, shared.")
+    ] = None,
+    imbalance: Annotated[
+        float | None, typer.Option("--imbalance", help="Busiest rank's rows over the mean; default: random choices'.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="All ways tried, as JSON.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the config with the best way laid on top.")] = None,
+) -> None:
+    """Predict step time and memory on machines that are not here, and the best way to spread a run over them."""
+    from swinmoe.commands import plan as command
+
+    question = command.Question(command.parse_ranks(ranks), hardware, processes_per_node, batch, imbalance)
+    command.run(config, overrides or [], question, as_json=as_json, out=out)
+
+
 verify_app = typer.Typer(help="Prove that results do not depend on how they were computed.", no_args_is_help=True)
 app.add_typer(verify_app, name="verify")
 

@@ -1,0 +1,214 @@
+"""A machine in figures, each with its source: what products, memory and links do per second.
+
+Figures come as YAML: `h100`, `a100` and `cpu` with this package, others from a file, which `swinmoe plan --calibrate`
+writes. A link's time for n messages of s bytes is latency + n·(s + half_message)/bandwidth: a message of `half_message`
+bytes travels at half the bandwidth, B(s) = B·s/(s + half_message).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from swinmoe.config.io import build, read_yaml, to_tree
+from swinmoe.errors import ConfigError, did_you_mean
+from swinmoe.profiling.plan.cost import KINDS, Cost
+
+Precision = Literal["fp32", "bf16", "fp16", "fp64"]
+WIDTH: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+"""Bytes of an element that enters a product."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A number and where it comes from."""
+
+    value: float
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """Between two ranks, in one direction."""
+
+    latency: Figure
+    """Seconds before anything arrives, once for each collective (and for each round of an all-reduce)."""
+    bandwidth: Figure
+    """Bytes per second of one rank, for large messages."""
+    half_message: Figure
+    """Bytes of a message at which half of that is reached."""
+
+    def seconds(self, messages: float, size: float) -> float:
+        """`messages` of `size` bytes each, one after another; nothing if there are none."""
+        if messages <= 0:
+            return 0.0
+        return self.latency.value + messages * (size + self.half_message.value) / self.bandwidth.value
+
+    def at(self, size: float) -> float:
+        """Bytes per second that messages of `size` bytes reach."""
+        return self.bandwidth.value * size / (size + self.half_message.value) if size > 0 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Per second: FLOP by precision, bytes by kind of work (`Cost`)."""
+
+    fp32: Figure
+    bf16: Figure
+    fp16: Figure
+    products: Figure
+    copy: Figure
+    norm: Figure
+    softmax: Figure
+    activation: Figure
+    route: Figure
+    rows: Figure
+    update: Figure
+    fp64: Figure | None = None
+    """None: half of fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """Processes that compute on one machine at the same time, and how many times slower each of them is than alone."""
+
+    processes: int
+    slowdown: Figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One kind of machine, in nodes of `processes_per_node` ranks."""
+
+    name: str
+    device: Literal["cuda", "cpu"]
+    processes_per_node: int
+    memory: Figure
+    """Bytes of one rank."""
+    reserved: Figure
+    """Of these, bytes that nothing of ours can use: context, libraries, fragments."""
+    rates: Rates
+    call: Figure
+    """Seconds that each operator takes whatever its size."""
+    inside: Link
+    """Within a node."""
+    between: Link
+    """Between nodes."""
+    overlap: Figure
+    """Share of communication that can hide behind computation that does not wait for it, 0 to 1."""
+    fused_attention: bool = False
+    """Attention weights never reach memory."""
+    sharing: tuple[Sharing, ...] = field(default=())
+    """Empty: every rank has a device of its own."""
+
+    def __post_init__(self) -> None:
+        for name, figure in _figures(self):
+            low_open = name.startswith("rates.") or name.endswith((".bandwidth", ".slowdown", "memory"))
+            if not figure.value < float("inf") or figure.value < 0 or (low_open and figure.value == 0):
+                raise ConfigError(
+                    f"hardware {self.name!r}: {name}={figure.value:g} must be {'above' if low_open else 'at least'} 0 "
+                    "and finite"
+                )
+        if self.processes_per_node < 1 or self.overlap.value > 1:
+            raise ConfigError(
+                f"hardware {self.name!r}: processes_per_node={self.processes_per_node} must be at least 1, "
+                f"overlap={self.overlap.value:g} at most 1"
+            )
+
+    def flops_per_second(self, precision: str) -> float:
+        """What large products reach."""
+        rates = self.rates
+        if precision == "fp64":
+            return rates.fp32.value / 2 if rates.fp64 is None else rates.fp64.value
+        figure: Figure = getattr(rates, precision)
+        return figure.value
+
+    def seconds(self, cost: Cost, precision: str, processes: int = 1) -> float:
+        """Time of some work on one rank of a node on which `processes` ranks work."""
+        traffic: list[Figure] = [getattr(self.rates, kind) for kind in KINDS[1:-1]]
+        rates = (self.flops_per_second(precision), *(figure.value for figure in traffic))
+        alone = sum(count / rate for count, rate in zip(cost.counts[:-1], rates, strict=True))
+        return (alone + cost.calls * self.call.value) * self.slowdown(processes)
+
+    def slowdown(self, processes: int) -> float:
+        """How many times slower than alone a rank computes when so many share a machine; linear between figures."""
+        known = sorted((s.processes, s.slowdown.value) for s in self.sharing)
+        if not known:
+            return 1.0
+        below = [pair for pair in known if pair[0] <= processes]
+        above = [pair for pair in known if pair[0] > processes]
+        if not below:
+            return known[0][1]
+        low, value = below[-1]
+        if not above:  # cores are shared evenly from here on
+            return value * processes / low
+        high, other = above[0]
+        return value + (other - value) * (processes - low) / (high - low)
+
+    def scaled(self, name: str, factor: float, *kinds: str) -> Hardware:
+        """The same machine, called `name`, `factor` times slower at `kinds` of work; without any, at all of them."""
+        rates = {
+            kind: Figure(value=figure.value / factor, source=f"{figure.source}; scaled by {1 / factor:.3g}")
+            for kind in (kinds or (*_precisions(self.rates), *KINDS[1:-1]))
+            if (figure := getattr(self.rates, kind)) is not None
+        }
+        call = self.call if kinds else replace(self.call, value=self.call.value * factor)
+        return replace(self, name=name, rates=replace(self.rates, **rates), call=call)
+
+    def as_yaml(self) -> str:
+        """The text of a file that `load_hardware` reads."""
+        return str(yaml.safe_dump(_dense(to_tree(self)), sort_keys=False, width=110))
+
+
+def _precisions(rates: Rates) -> tuple[str, ...]:
+    return tuple(name for name in WIDTH if getattr(rates, name) is not None)
+
+
+def _dense(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _dense(value) for key, value in tree.items() if value is not None}
+    return [_dense(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def _figures(part: Any, prefix: str = "") -> list[tuple[str, Figure]]:
+    """(`rates.copy`, figure) of every figure."""
+    found: list[tuple[str, Figure]] = []
+    for item in fields(part):
+        value = getattr(part, item.name)
+        values = value if isinstance(value, tuple) else (value,)
+        for inner in values:
+            if isinstance(inner, Figure):
+                found.append((prefix + item.name, inner))
+            elif is_dataclass(inner):
+                found += _figures(inner, f"{prefix}{item.name}.")
+    return found
+
+
+def known_hardware() -> list[str]:
+    """Names of the descriptions that come with the package."""
+    return sorted(p.name.removesuffix(".yaml") for p in _folder().iterdir() if p.name.endswith(".yaml"))
+
+
+def _folder() -> Any:
+    return resources.files("swinmoe.profiling.plan") / "hardware"
+
+
+def load_hardware(name: str) -> Hardware:
+    """A description by name, or from a YAML file.
+
+    Raises:
+        ConfigError: neither a known name nor a file; a key that does not exist, a figure without a source.
+    """
+    if name in known_hardware():
+        tree = yaml.safe_load((_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
+        return build(Hardware, tree)
+    if not Path(name).is_file():
+        raise ConfigError(
+            f"--hardware {name}: neither a file nor one of {known_hardware()}{did_you_mean(name, known_hardware())}; "
+            "describe a machine in YAML, or measure this one with swinmoe plan --calibrate FILE"
+        )
+    return build(Hardware, read_yaml(name))

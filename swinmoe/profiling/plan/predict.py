@@ -1,0 +1,228 @@
+"""One run on so many ranks of a machine: step time, images per second, memory and traffic.
+
+    step = A·(blocks + expert layers, forward and backward) + exposed sums of gradients + the optimiser
+
+for A micro-batches; a step lasts as long as on the busiest rank. Sums of gradients hide behind the backward pass as far
+as the machine lets them; what is left waits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from swinmoe.config import RunConfig
+from swinmoe.errors import ConfigError
+from swinmoe.models.counts import count
+from swinmoe.profiling.plan.cost import Cost
+from swinmoe.profiling.plan.exchange import all_reduce, layout
+from swinmoe.profiling.plan.hardware import Hardware
+from swinmoe.profiling.plan.memory import Memory, Tactics, params_here, plan_memory
+from swinmoe.profiling.plan.spread import Spread, needs_padding
+from swinmoe.profiling.plan.traffic import plan_traffic
+from swinmoe.profiling.plan.work import Setting, expert_layers, parts
+
+BUCKET_BYTES = 25 * 2**20
+"""DDP's: what it sums at a time, and so what is left to sum when the backward pass is over."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Where a run is planned for."""
+
+    hardware: Hardware
+    world: int
+    imbalance: float | None = None
+    """Rows of the busiest rank over the mean; None = what random choices give."""
+    tactics: Tactics | None = None
+    """None = what the config says."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one optimiser step, on the busiest rank; seconds and bytes."""
+
+    world: int
+    images: int
+    """Over all ranks."""
+    micro_batches: int
+    seconds: float
+    dense: float
+    """Everything but expert layers, forward and backward."""
+    experts: float
+    """Products and activations of experts."""
+    moe_other: float
+    """Routing, rows scattered and gathered."""
+    exchange: float
+    """Waiting for tokens, weights and counts of expert layers."""
+    sync: float
+    """Waiting for sums of gradients."""
+    update: float
+    """Clipping and optimiser."""
+    memory: Memory
+    bytes_sent: float
+    fits: bool
+    imbalance: float
+    """λ of the first expert layer."""
+
+    @property
+    def images_per_second(self) -> float:
+        """Over all ranks."""
+        return self.images / self.seconds
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        tree = asdict(self)
+        tree["memory"]["total"] = self.memory.total
+        return {**tree, "images_per_second": self.images_per_second}
+
+
+def images_per_micro_batch(run: RunConfig, world: int) -> int:
+    """Images of one rank's micro-batch.
+
+    Raises:
+        ConfigError: the ranks' shares are not equal, or empty.
+    """
+    pieces = run.train.accumulation * world
+    images, left = divmod(run.train.batch_size, pieces)
+    if left or not images:
+        raise ConfigError(
+            f"train.batch_size={run.train.batch_size} cannot be split evenly over {world} ranks and "
+            f"train.accumulation={run.train.accumulation}; give --batch, images of each rank, or a multiple of {pieces}"
+        )
+    return images
+
+
+def spreads_of(run: RunConfig, scene: Scene, images: int) -> list[Spread]:
+    """How every expert layer of `run` lies over the ranks.
+
+    Raises:
+        ConfigError: ep_size does not divide the ranks, or does not fit the experts.
+    """
+    moe = run.model.moe
+    if moe is None:
+        return []
+    ep = run.parallel.ep_size
+    if scene.world % ep:
+        raise ConfigError(f"parallel.ep_size={ep} does not divide {scene.world} ranks; use a divisor of {scene.world}")
+    run.parallel.check_experts(moe.num_experts)
+    padded = needs_padding(moe.dispatcher, scene.hardware.device, moe.capacity.train.kind)
+    at = setting(run, scene.hardware, images)
+    node = scene.hardware.processes_per_node
+    return [
+        Spread(layer, moe, run.parallel, at, padded, scene.world, node, scene.imbalance)
+        for layer in expert_layers(run.model)
+    ]
+
+
+def setting(run: RunConfig, hardware: Hardware, images: int) -> Setting:
+    """Micro-batch, precision and attention kernel."""
+    return Setting(images, run.train.precision, hardware.fused_attention)
+
+
+def predict(run: RunConfig, scene: Scene) -> Prediction:
+    """What a step of `run` takes on the ranks of `scene`.
+
+    Raises:
+        ConfigError: batch or experts cannot be spread over so many ranks.
+    """
+    hardware, world, precision = scene.hardware, scene.world, run.train.precision
+    images = images_per_micro_batch(run, world)
+    tactics = scene.tactics or Tactics(checkpointing=run.model.grad_checkpointing)
+    spreads = spreads_of(run, scene, images)
+    here = min(world, hardware.processes_per_node)
+    forward, backward = dense_work(run, hardware, images)
+    ahead, back = (hardware.seconds(cost, precision, here) for cost in (forward, backward))
+    dense = ahead * (2 if tactics.checkpointing else 1) + back
+    layers = [spread.seconds(hardware, here, tactics.checkpointing) for spread in spreads]
+    moe, waiting, computing = (sum(layer[i] for layer in layers) for i in range(3))
+    A = run.train.accumulation
+    sync = exposed_sync(run, scene, spreads, back + sum(layer[2] for layer in layers) / 2, tactics)
+    update = hardware.seconds(update_work(run, spreads, scene, tactics), precision, here)
+    memory = plan_memory(
+        run.model,
+        spreads,
+        setting(run, hardware, images),
+        world,
+        tactics,
+        averaged=run.train.ema_decay is not None,
+    )
+    sent = plan_traffic(run.model, spreads, world, A, recomputed=tactics.checkpointing)
+    return Prediction(
+        world=world,
+        images=run.train.batch_size,
+        micro_batches=A,
+        seconds=A * (dense + moe) + sync + update,
+        dense=A * dense,
+        experts=A * computing,
+        moe_other=A * (moe - waiting - computing),
+        exchange=A * waiting,
+        sync=sync,
+        update=update,
+        memory=memory,
+        bytes_sent=sum(sent.values()),
+        fits=memory.total <= hardware.memory.value - hardware.reserved.value,
+        imbalance=spreads[0].busiest if spreads else 1.0,
+    )
+
+
+def dense_work(run: RunConfig, hardware: Hardware, images: int) -> tuple[Cost, Cost]:
+    """Of a micro-batch, everything but experts and what carries rows; forward and backward."""
+    found = list(parts(run.model, setting(run, hardware, images)))
+    return sum((part.forward for part in found), Cost()), sum((part.backward for part in found), Cost())
+
+
+def update_work(run: RunConfig, spreads: list[Spread], scene: Scene, tactics: Tactics) -> Cost:
+    """Norm and clipping of gradients, AdamW, gradients back to zero; a moving average where there is one.
+
+    AdamW reads parameter, gradient and both moments and writes all but the gradient: 7 passes; the norm 1, clipping 2,
+    zeroing 1, the average 3.
+    """
+    _, _, trained = params_here(run.model, spreads)
+    shard = scene.world if tactics.zero or tactics.fsdp else 1
+    wide = 8 if run.train.precision == "fp64" else 4
+    passes = 7 / shard + 4 + (3 if run.train.ema_decay is not None else 0)
+    return Cost(update=passes * wide * trained, calls=40)
+
+
+def exposed_sync(run: RunConfig, scene: Scene, spreads: list[Spread], backward: float, tactics: Tactics) -> float:
+    """Seconds of gradient sums that nothing hides, and of the collectives that shards of parameters need."""
+    hardware, world = scene.hardware, scene.world
+    if world == 1:
+        return 0.0
+    wide, node = (8 if run.train.precision == "fp64" else 4), hardware.processes_per_node
+    counts = count(run.model)
+    ep = run.parallel.ep_size if spreads else 1
+    routed = sum(s.layer.num_experts * s.layer.expert_params for s in spreads)
+    dense = wide * (counts.trainable - (routed if ep > 1 else 0))
+    everyone = layout(world, 1, node)
+    times = bucketed(dense, everyone, hardware)
+    if tactics.fsdp:
+        times *= 1.5  # gathered twice and scattered once, where a sum is one of each
+    elif tactics.zero:
+        times += bucketed(dense, everyone, hardware) / 2  # parameters travel back from their shards
+    if ep > 1 and world > ep:
+        replicas = layout(world // ep, ep, node)
+        # the ranks of a node share its adapters: their groups of replicas sum at the same time
+        times += sum(all_reduce(replicas, wide * s.params_here, hardware) for s in spreads)
+    last = bucketed(min(dense, BUCKET_BYTES), everyone, hardware)
+    hidden = min(max(0.0, times - last), hardware.overlap.value * backward)
+    small = all_reduce(everyone, wide, hardware) if ep > 1 else 0.0
+    return times - hidden + small
+
+
+def bucketed(size: float, at: Any, hardware: Hardware) -> float:
+    """Seconds of summing `size` bytes over a group, bucket by bucket."""
+    whole, rest = divmod(size, BUCKET_BYTES)
+    return whole * all_reduce(at, BUCKET_BYTES, hardware) + (all_reduce(at, rest, hardware) if rest else 0.0)
+
+
+def at_batch(run: RunConfig, world: int, images: int | None) -> RunConfig:
+    """`run` with so many images of each rank per optimiser step; None = the config's batch, shared by all."""
+    if images is None:
+        return run
+    if images < 1 or images % run.train.accumulation:
+        raise ConfigError(
+            f"--batch {images}: images of each rank must be a multiple of train.accumulation={run.train.accumulation}"
+        )
+    return replace(run, train=replace(run.train, batch_size=images * world))
