@@ -3,10 +3,12 @@
 from swinmoe.config.finetune import FinetuneConfig, UpcycleConfig
 from swinmoe.config.model import STYLES, ModelConfig, StyleConfig, resolve_style
 from swinmoe.config.moe import (
+    AdaptConfig,
     BalanceLossConfig,
     CapacityConfig,
     CapacityPolicy,
     ExpertConfig,
+    LayerCapacity,
     MoEConfig,
     RouterConfig,
 )
@@ -26,6 +28,7 @@ from swinmoe.config.run import (
 
 __all__ = [
     "STYLES",
+    "AdaptConfig",
     "AugmentConfig",
     "BalanceLossConfig",
     "CapacityConfig",
@@ -35,6 +38,7 @@ __all__ = [
     "DataConfig",
     "ExpertConfig",
     "FinetuneConfig",
+    "LayerCapacity",
     "LogConfig",
     "MixupConfig",
     "MoEConfig",

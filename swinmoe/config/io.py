@@ -197,6 +197,9 @@ def _checked(kind: Any, value: Any, path: str) -> Any:
                 hint = did_you_mean(str(key), allowed) or f"; allowed: {', '.join(allowed)}"
                 raise ConfigError(f"unknown config key {where!r}{hint}")
         return {k: _checked(hints[k], v, f"{path}.{k}" if path else k) for k, v in value.items()}
+    mapping = next((o for o in options if get_origin(o) is dict and is_dataclass(get_args(o)[1])), None)
+    if mapping is not None and isinstance(value, Mapping):
+        return {k: _checked(get_args(mapping)[1], v, f"{path}.{k}") for k, v in value.items()}
     if isinstance(value, int) and not isinstance(value, bool) and tuple[int, int] in options:
         return (value, value)
     return value

@@ -144,3 +144,24 @@ class ModelConfig:
                         f"model.moe_blocks[{stage}] names block {block}, but that stage has blocks 0 to "
                         f"{self.depths[stage] - 1}"
                     )
+        if self.moe is not None:
+            known = self.moe_layer_names()
+            for name in self.moe.capacity.layers or {}:
+                if name not in known:
+                    raise ConfigError(
+                        f"model.moe.capacity.layers names {name!r}, which is no expert layer of this model"
+                        f"{did_you_mean(name, known)}; its layers are {', '.join(known)}"
+                    )
+
+    def moe_layer_names(self) -> list[str]:
+        """Names of the expert layers, in the order of the forward pass; none where `moe` is None."""
+        if self.moe is None:
+            return []
+        return [
+            moe_layer_name(stage, block) for stage, blocks in enumerate(self.moe_blocks) for block in sorted(blocks)
+        ]
+
+
+def moe_layer_name(stage: int, block: int) -> str:
+    """The module name of the expert layer in a block; initial weights and noise are drawn by it too."""
+    return f"layers.{stage}.blocks.{block}.mlp"

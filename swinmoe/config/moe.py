@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -46,15 +47,60 @@ class RouterConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdaptConfig:
+    """How an adaptive capacity follows the load. A layer's *need* in a batch is the least factor that drops no more
+    than `max_drop` of the batch's choices.
+
+    Every `every` steps the factor goes to (1 + margin) times the largest need of any rank since the last decision, held
+    between floor and ceiling: up at once, down only from more than (1 + hysteresis) times that. A batch that needs more
+    than the factor gives gets what it needs, ceiling or not: `max_drop` holds for every layer, rank and batch.
+    """
+
+    max_drop: float = 0.01
+    """Share of a batch's choices that may find no slot; 0 = none."""
+    floor: float = 0.5
+    ceiling: float | None = None
+    """Of the factor that stands between decisions; None = none."""
+    margin: float = 0.05
+    hysteresis: float = 0.1
+    every: int = 10
+    """Optimiser steps from one decision to the next."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            "moe.capacity.adapt",
+            max_drop=below_one("use 0 for no drops"),
+            floor=at_least(0, "use 0 for none"),
+            ceiling=above(0, "use null for none"),
+            margin=at_least(0, "use 0 for none"),
+            hysteresis=at_least(0, "use 0 to follow every change"),
+            every=at_least(1),
+        )
+        if self.ceiling is not None and self.ceiling < self.floor:
+            raise ConfigError(
+                f"moe.capacity.adapt.ceiling={self.ceiling} is below its floor={self.floor}; raise the ceiling, or "
+                "lower the floor"
+            )
+
+    def clamp(self, factor: float) -> float:
+        """`factor` between floor and ceiling."""
+        return min(max(factor, self.floor), math.inf if self.ceiling is None else self.ceiling)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CapacityPolicy:
     """How many slots an expert has per source rank; C = max(min_slots, k·int(factor·ceil(T/E))) (Tutel's rounding).
 
-    `fixed`: C always. `bounded`: as many as needed, at most C. `dropless`: as many as needed.
+    `fixed`: C always. `bounded`: as many as needed, at most C. `dropless`: as many as needed. `adaptive` (training):
+    as many as needed, at most C, whose factor follows the load as `adapt` says; `factor` is the first one.
     """
 
-    kind: Literal["fixed", "bounded", "dropless"] = "dropless"
+    kind: Literal["fixed", "bounded", "dropless", "adaptive"] = "dropless"
     factor: float = 1.25
     min_slots: int = 1
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    """`adaptive` only."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "moe.capacity", min_slots=at_least(0))
@@ -66,11 +112,43 @@ class CapacityPolicy:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerCapacity:
+    """What one expert layer has instead of the model's policies."""
+
+    train: CapacityPolicy | None = None
+    """None = as the other layers."""
+    eval: CapacityPolicy | None = None
+
+    def __post_init__(self) -> None:
+        _refuse_adaptive(self.eval)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CapacityConfig:
     """Capacity while training and while evaluating."""
 
     train: CapacityPolicy = field(default_factory=CapacityPolicy)
     eval: CapacityPolicy = field(default_factory=CapacityPolicy)
+    layers: dict[str, LayerCapacity] | None = None
+    """Layers that have policies of their own, by name (`layers.2.blocks.1.mlp`); `swinmoe tune capacity` finds them.
+    On a command line: `'model.moe.capacity.layers={layers.2.blocks.1.mlp: {eval: {kind: bounded, factor: 0.9}}}'`."""
+
+    def __post_init__(self) -> None:
+        _refuse_adaptive(self.eval)
+
+    def of(self, layer: str) -> CapacityConfig:
+        """The policies of one layer; those of all where it has none of its own."""
+        own = (self.layers or {}).get(layer, LayerCapacity())
+        return CapacityConfig(train=own.train or self.train, eval=own.eval or self.eval)
+
+
+def _refuse_adaptive(policy: CapacityPolicy | None) -> None:
+    if policy is not None and policy.kind == "adaptive":
+        raise ConfigError(
+            "moe.capacity.eval.kind=adaptive: a factor that follows the load is for training, since an image's result "
+            "would depend on the images before it; use bounded with a factor that swinmoe tune capacity finds, or "
+            "dropless"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

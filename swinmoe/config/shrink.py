@@ -74,6 +74,8 @@ def _smaller(model: ModelConfig) -> dict[str, object]:
         "pretrained_window_sizes": None if pretrained is None else [_at_most(window, 4) for window in pretrained],
         "num_classes": CLASSES,
         "moe_blocks": blocks,
+        # Policies of single layers go: the layers they name may be gone.
+        **({} if model.moe is None else {"moe": {"capacity": {"layers": None}}}),
     }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from swinmoe.config import ModelConfig, resolve_style
+from swinmoe.config.model import moe_layer_name
 from swinmoe.models.attention import WindowAttention, WindowTables
 from swinmoe.models.mlp import Mlp
 from swinmoe.moe import MoEMlp
@@ -47,7 +48,7 @@ class SwinBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp: Mlp | MoEMlp
         if cfg.moe is not None and index in cfg.moe_blocks[stage]:
-            name = f"layers.{stage}.blocks.{index}.mlp"
+            name = moe_layer_name(stage, index)
             self.mlp = MoEMlp(cfg.moe, dim=dim, hidden_dim=hidden, name=name, seed=seed, init_std=cfg.init_std)
         else:
             self.mlp = Mlp(dim, hidden, fc2_bias=cfg.mlp_fc2_bias, drop=cfg.drop_rate)

@@ -22,6 +22,7 @@ from math import prod
 from torch import nn
 
 from swinmoe.config import CapacityPolicy, ModelConfig, MoEConfig, StyleConfig, resolve_style
+from swinmoe.config.model import moe_layer_name
 from swinmoe.models.position import num_offsets
 from swinmoe.models.windows import Pair, WindowGrid, fit_window
 from swinmoe.moe.registry import EXPERTS, ROUTERS
@@ -154,7 +155,8 @@ def _parts(config: ModelConfig) -> Iterator[tuple[str, PartCounts]]:
             if config.extra_norm_every and (block + 1) % config.extra_norm_every == 0:
                 yield "norms", _dense(2 * dim, table=dim * tokens)
             if config.moe is not None and block in sparse:
-                yield from _moe(config.moe, tokens, dim, int(dim * config.mlp_ratio))
+                policy = config.moe.capacity.of(moe_layer_name(stage, block)).eval
+                yield from _moe(config.moe, policy, tokens, dim, int(dim * config.mlp_ratio))
             else:
                 yield "mlp", _mlp(tokens, dim, int(dim * config.mlp_ratio), fc2_bias=config.mlp_fc2_bias)
         if stage + 1 < len(grids):
@@ -216,7 +218,9 @@ def _mlp(
     return _dense(matrices + biases, 2 * matrices * tokens, matrices * tokens)
 
 
-def _moe(moe: MoEConfig, tokens: int, dim: int, hidden: int) -> Iterator[tuple[str, PartCounts]]:
+def _moe(
+    moe: MoEConfig, policy: CapacityPolicy, tokens: int, dim: int, hidden: int
+) -> Iterator[tuple[str, PartCounts]]:
     yield "router", _router(moe, tokens, dim)
     expert = _expert(moe, tokens, dim, _scaled(hidden, moe.experts.hidden_ratio or 1.0))
     chosen = moe.top_k
@@ -224,7 +228,7 @@ def _moe(moe: MoEConfig, tokens: int, dim: int, hidden: int) -> Iterator[tuple[s
         params=moe.num_experts * expert.params,
         active=chosen * expert.params,
         flops=chosen * expert.flops,
-        table_flops=chosen * _slots_per_choice(moe.capacity.eval) * expert.table_flops,
+        table_flops=chosen * _slots_per_choice(policy) * expert.table_flops,
         frozen=moe.num_experts * expert.frozen,
     )
     yield "experts", everyone

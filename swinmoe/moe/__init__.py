@@ -1,7 +1,8 @@
 """The sparse house: a top-k gated expert layer, and the parts it is made of."""
 
 from swinmoe.moe.activations import Activation
-from swinmoe.moe.capacity import capacity, require_slots
+from swinmoe.moe.capacity import allowed_drops, capacity, require_slots
+from swinmoe.moe.dispatch import least_cut
 from swinmoe.moe.dispatchers import Dispatcher, PaddedDispatcher, RaggedDispatcher
 from swinmoe.moe.execution import LocalExecution
 from swinmoe.moe.experts import Experts
@@ -37,7 +38,9 @@ __all__ = [
     "Router",
     "Routing",
     "RoutingStats",
+    "allowed_drops",
     "capacity",
+    "least_cut",
     "merge",
     "register_dispatcher",
     "register_expert",

@@ -22,6 +22,13 @@ def capacity(policy: CapacityPolicy, num_tokens: int, num_experts: int, top_k: i
     return torch.sym_max(policy.min_slots, top_k * slots)  # type: ignore[return-value]  # a symbol is told to be an int
 
 
+def allowed_drops(policy: CapacityPolicy, num_tokens: int, top_k: int) -> int | None:
+    """Choices of `num_tokens` tokens that `adaptive` may drop, whatever its factor; None = no such promise."""
+    if policy.kind != "adaptive":
+        return None
+    return torch.sym_int(policy.adapt.max_drop * (num_tokens * top_k))
+
+
 def require_slots(policy: CapacityPolicy, num_tokens: int, num_experts: int, top_k: int) -> None:
     """Refuse a policy that leaves experts without a slot at the batch it is meant for.
 
@@ -34,7 +41,7 @@ def require_slots(policy: CapacityPolicy, num_tokens: int, num_experts: int, top
     Raises:
         ConfigError: every token would be dropped.
     """
-    if num_tokens and capacity(policy, num_tokens, num_experts, top_k) == 0:
+    if policy.kind != "adaptive" and num_tokens and capacity(policy, num_tokens, num_experts, top_k) == 0:
         raise ConfigError(
             f"capacity factor {policy.factor} gives every expert 0 slots at {num_tokens} tokens per process, "
             f"{num_experts} experts and top_k={top_k}, so all tokens would be dropped; use min_slots >= 1, a factor of "

@@ -15,8 +15,19 @@ from torch import Tensor
 from swinmoe.moe.types import DispatchPlan, Queues, Routing
 
 
-def queue(routing: Routing, num_experts: int, capacity: int | None, *, batch_prioritized: bool = False) -> Queues:
-    """Line the choices up before their experts, and cut the queues at `capacity` (None = nowhere)."""
+def queue(
+    routing: Routing,
+    num_experts: int,
+    capacity: int | None,
+    *,
+    batch_prioritized: bool = False,
+    allowed: int | None = None,
+) -> Queues:
+    """Line the choices up before their experts, and cut the queues at `capacity` (None = nowhere).
+
+    Where that would drop more than `allowed` choices, the cut is the nearest one that does not. It is found on the
+    device, and nothing waits for it.
+    """
     expert_ids = routing.expert_ids
     num_tokens, top_k = expert_ids.shape
     turn = None
@@ -34,7 +45,21 @@ def queue(routing: Routing, num_experts: int, capacity: int | None, *, batch_pri
     # A token names an expert once, so no queue is longer than T. A symbolic T (torch.export) answers no such question.
     if capacity is None or (isinstance(num_tokens, int) and capacity >= num_tokens):
         return Queues(slot, None, routed, routed)
-    return Queues(slot, slot < capacity, routed, routed.clamp(max=capacity))
+    if allowed is None:
+        return Queues(slot, slot < capacity, routed, routed.clamp(max=capacity))
+    cut = least_cut(routed, allowed).clamp(min=capacity)
+    return Queues(slot, slot < cut, routed, routed.minimum(cut))
+
+
+def least_cut(routed: Tensor, allowed: int | Tensor) -> Tensor:
+    """() int64: the smallest C with Σ_e max(0, routed_e − C) ≤ `allowed`, for queues of length `routed` (E,).
+
+    With the lengths in descending order and S_j the sum of the first j, the left side is max_j (S_j − j·C): the sum
+    over any other j queues is no larger. So C = max_j ⌈(S_j − allowed)/j⌉, and at least 0.
+    """
+    longest = routed.sort(descending=True).values.cumsum(0)
+    queues = torch.arange(1, len(routed) + 1, device=routed.device)
+    return -torch.div(allowed - longest, queues, rounding_mode="floor").amin().clamp(max=0)
 
 
 def _count(ids: Tensor, num_experts: int) -> Tensor:

@@ -7,13 +7,15 @@ Shapes: T tokens on this rank, D width, E experts counted globally, K choices, N
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from swinmoe.config.moe import MoEConfig
 from swinmoe.errors import RoutingError
 from swinmoe.moe import dispatch, dispatchers, experts, losses, phases, routers
-from swinmoe.moe.capacity import capacity
+from swinmoe.moe.capacity import allowed_drops, capacity
 from swinmoe.moe.dispatchers import Dispatcher, choose
 from swinmoe.moe.execution import LocalExecution
 from swinmoe.moe.registry import DISPATCHERS, EXPERTS, ROUTERS
@@ -58,7 +60,8 @@ class MoEMlp(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.cfg = cfg = cfg or MoEConfig()
+        cfg = cfg or MoEConfig()
+        self.cfg = cfg = replace(cfg, capacity=cfg.capacity.of(name))
         self.dim, self.hidden_dim, self.name = dim, hidden_dim, name
         self.num_experts, self.top_k = cfg.num_experts, cfg.top_k
         common = {"seed": seed, "init_std": init_std, "device": device, "dtype": dtype}
@@ -106,7 +109,13 @@ class MoEMlp(nn.Module):
         policy = self.cfg.capacity.train if self.training else self.cfg.capacity.eval
         num_tokens = tokens.shape[0]  # not len(), which makes a number of a symbolic size
         limit = capacity(policy, num_tokens, self.num_experts, self.top_k)
-        queues = dispatch.queue(routing, self.num_experts, limit, batch_prioritized=self.cfg.router.batch_prioritized)
+        queues = dispatch.queue(
+            routing,
+            self.num_experts,
+            limit,
+            batch_prioritized=self.cfg.router.batch_prioritized,
+            allowed=allowed_drops(policy, num_tokens, self.top_k),
+        )
         slots = self.dispatcher.slots(queues, limit, policy)
         route = self.execution.prepare(queues.counts, slots)
         plan = dispatch.plan(routing, queues, rows=self._num_rows(queues, route), slots=slots)

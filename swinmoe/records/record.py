@@ -9,6 +9,7 @@ Every line is one JSON object with a `kind`:
   (name -> how), upcycled, freeze (the policy), frozen (names): what fine-tuning began with
 - `step`: arm, seed, step (1-based, optimiser steps), epoch, lr, loss, aux_loss, accuracy, grad_norm, images, flops,
   seconds (all three cumulative), images_per_second, data_wait, mfu, peak_memory_bytes, routing
+- `capacity`: arm, seed, step, layers (name -> {need, before, after}): adaptive capacity factors changed by that step
 - `eval`: arm, seed, step, epoch, split, weights (`model` or `ema`), loss, accuracy, count, images, flops, seconds,
   routing
 - `samples`: arm, seed, step, layer, class_names, images: list of {index, label, prediction, png (base64), experts (grid
@@ -19,7 +20,9 @@ Every line is one JSON object with a `kind`:
 - `note`: text
 
 `routing` maps a layer's name to {routed, kept (lists over experts), drop_fraction, token_entropy, load_entropy,
-max_over_mean, dead_experts, losses}. Non-finite numbers are written as null.
+max_over_mean, dead_experts, losses}; of a layer with adaptive capacity, in `step`, also capacity_factor (that stands),
+capacity_need (the largest since the line before) and capacity_beyond (passes that needed more than what stood).
+Non-finite numbers are written as null.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ from typing import Any
 
 from swinmoe.errors import CheckpointError
 
-RECORD_KINDS = ("run", "arm", "load", "step", "eval", "samples", "class_expert", "final", "superseded", "note")
+RECORD_KINDS = ("run", "arm", "load", "step", "capacity", "eval", "samples", "class_expert", "final")
+RECORD_KINDS += ("superseded", "note")
 Line = dict[str, Any]
 
 

@@ -22,6 +22,7 @@ from swinmoe.checkpoint import Content, Stack, Stored, Tensors, hold, read_held,
 from swinmoe.comm.failure import naming
 from swinmoe.config import RunConfig
 from swinmoe.config.io import dump
+from swinmoe.config.model import moe_layer_name
 from swinmoe.data import Batch
 from swinmoe.errors import CheckpointError, ConfigError, NonFiniteLossError
 from swinmoe.models import SwinTransformer, build_model
@@ -42,6 +43,7 @@ from swinmoe.parallel import (
 )
 from swinmoe.randomness import derive_seed
 from swinmoe.runtime import agree
+from swinmoe.train.adapt import CapacityFollower
 from swinmoe.train.diagnose import first_non_finite, non_finite_parameter
 from swinmoe.train.loss_scale import LossScale, make_loss_scale
 from swinmoe.train.metrics import IdleExperts, RoutingMeter
@@ -74,6 +76,10 @@ class Arm:
     lr: float = 0.0
     meter: RoutingMeter = field(default_factory=RoutingMeter)
     idle: IdleExperts = field(default_factory=IdleExperts)
+    follower: CapacityFollower = field(init=False)
+    """Of adaptive capacity."""
+    capacity_changes: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What it decided after the last step."""
     history: list[tuple[int, float]] = field(default_factory=list)
     """(step, mean training loss since the line before) of every log line."""
     scored: tuple[int, float] | None = None
@@ -84,6 +90,9 @@ class Arm:
     _norm: Tensor | None = None
     _logged_steps: int = 0
     _logged_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.follower = CapacityFollower(self.raw)
 
     @property
     def done(self) -> bool:
@@ -142,6 +151,7 @@ class Arm:
         self.optimizer.zero_grad(set_to_none=False)
         self._note(counted, norm)
         self.step += 1
+        self.capacity_changes = self.follower.decide(self.step, self._maximum)
         spent = self._clock() - began
         if self.length.seconds is not None and self.mesh.world > 1:  # ranks must stop at the same step
             spent = float(self.reduce(torch.tensor([spent], dtype=torch.float64, device=self.device))) / self.mesh.world
@@ -165,6 +175,8 @@ class Arm:
         dead = self.idle.dead(self.run.train.dead_expert_window, self.reduce)
         for layer, numbers in routing.items():
             numbers["dead_experts"] = dead.get(layer, 0)
+        for layer, numbers in self.follower.take_log(self._maximum, self.reduce).items():
+            routing[layer] |= numbers
         images = steps * self.run.train.batch_size
         self.history.append((self.step, loss / images))
         spent = self.seconds - self._logged_at
@@ -186,6 +198,10 @@ class Arm:
     def reduce(self, vector: Tensor) -> Tensor:
         """Sum over all ranks, without gradient."""
         return global_sum(vector, self.mesh)
+
+    def _maximum(self, vector: Tensor) -> Tensor:
+        """The largest of each element over all ranks."""
+        return -global_min(-vector, self.mesh)
 
     def evaluated(self) -> SwinTransformer:
         """The model that evaluation judges: the moving average if there is one."""
@@ -210,6 +226,7 @@ class Arm:
             "seconds": self.seconds,
             "loss_scale": [self.scale.value, self.scale.good_steps],
             "idle": self.idle.state(partial(global_min, mesh=self.mesh)),
+            "capacity": self.follower.state(self._maximum),
             "history": self.history,
             "length": [self.length.steps, self.length.seconds],
             "lr": self.lr,
@@ -249,6 +266,7 @@ class Arm:
         self._logged_at = self.seconds
         self.scale.value, self.scale.good_steps = values["loss_scale"]
         self.idle.load(values["idle"])
+        self.follower.load(values["capacity"])
         self.history = [(int(step), float(loss)) for step, loss in values["history"]]
 
     @cached_property
@@ -302,6 +320,7 @@ class Arm:
         for result in counted:
             self.meter.add(result.routing)
             self.idle.add(result.routing)
+            self.follower.note(result.routing)
         self.idle.step()
         loss = torch.stack([r.loss_sum.detach().double() for r in counted]).sum()
         aux = torch.stack([r.aux_loss.detach().double() for r in counted]).mean()
@@ -404,6 +423,7 @@ def check_capacity(run: RunConfig, world: int) -> None:
         return
     images = run.train.batch_size // (run.train.accumulation * world)
     for stage, blocks in enumerate(run.model.moe_blocks):
-        if blocks:
+        for block in blocks:
             height, width = stage_map(run.model, stage)
-            require_slots(moe.capacity.train, images * height * width, moe.num_experts, moe.top_k)
+            policy = moe.capacity.of(moe_layer_name(stage, block)).train
+            require_slots(policy, images * height * width, moe.num_experts, moe.top_k)

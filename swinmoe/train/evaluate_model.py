@@ -125,13 +125,13 @@ class Independence:
 
 def independence(model: SwinTransformer, found: Pass, batch_size: int) -> Independence:
     """What may be said of batches: capacity is counted per batch, so where it cuts, neighbours compete for slots."""
-    moe = model.config.moe
-    if moe is None or not model.moe_layers():
+    if not model.moe_layers():
         return Independence(True, "dense: a prediction depends on its image alone")
-    policy = moe.capacity.eval
-    if policy.kind == "dropless":
+    policies = dict.fromkeys(layer.cfg.capacity.eval for layer in model.moe_layers().values())
+    limits = [f"{policy.kind} {policy.factor:g}" for policy in policies if policy.kind != "dropless"]
+    if not limits:
         return Independence(True, "dropless: a prediction depends on its image alone, whatever batch it is in")
-    limit = f"capacity {policy.kind} {policy.factor:g} of each batch of {batch_size} images"
+    limit = f"capacity {', '.join(limits)} of each batch of {batch_size} images"
     if found.dropped == 0:
         return Independence(
             False,

@@ -10,6 +10,7 @@ tokens compete for its own slots, draw its own noise and, where losses are local
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -84,7 +85,12 @@ class OracleMoEMlp(MoEMlp):
     def _seat(self, chosen: list[list[int]], scores: Tensor, group: range) -> list[tuple[int, int]]:
         """The (token, choice) pairs of one group that find a slot: first choices of all tokens, then second ones."""
         policy = self.cfg.capacity.train if self.training else self.cfg.capacity.eval
-        free = [_slots(policy, len(group), self.num_experts, self.top_k)] * self.num_experts
+        slots = _slots(policy, len(group), self.num_experts, self.top_k)
+        if policy.kind == "adaptive":
+            loads = Counter(expert for token in group for expert in chosen[token]).values()
+            while sum(max(0, load - slots) for load in loads) > policy.adapt.max_drop * (len(group) * self.top_k):
+                slots += 1
+        free = [slots] * self.num_experts
         turn = list(group)
         if self.cfg.router.batch_prioritized:
             best = scores.detach().amax(-1).tolist()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from swinmoe.config import RunConfig
+from swinmoe.config import CapacityPolicy, RunConfig
 from swinmoe.data import Batch
 from swinmoe.randomness import generator
 
@@ -60,7 +60,31 @@ def provable(run: RunConfig, *, world: int, steps: int, precision: str) -> tuple
         wanted["optim.clip_grad_norm"] = CLIP
     for key, value in wanted.items():
         run = _with(run, key, value)
+    run, stilled = _still_capacity(run, steps)
+    notes += stilled
     return run, tuple(notes)
+
+
+def _still_capacity(run: RunConfig, steps: int) -> tuple[RunConfig, list[str]]:
+    """Adaptive factors stay the first ones: the reference sees no needs of past batches. Exact needs stay in force."""
+    moe = run.model.moe
+    if moe is None:
+        return run, []
+    stilled: list[str] = []
+
+    def still(policy: CapacityPolicy, where: str) -> CapacityPolicy:
+        if policy.kind != "adaptive" or policy.adapt.every > steps:
+            return policy
+        stilled.append(f"model.moe.capacity.{where}.adapt.every={policy.adapt.every} -> {steps + 1}")
+        first = policy.adapt.clamp(policy.factor)
+        return replace(policy, factor=first, adapt=replace(policy.adapt, every=steps + 1))
+
+    layers = {
+        name: own if own.train is None else replace(own, train=still(own.train, f"layers.{name}.train"))
+        for name, own in (moe.capacity.layers or {}).items()
+    }
+    capacity = replace(moe.capacity, train=still(moe.capacity.train, "train"), layers=layers or None)
+    return (_with(run, "model.moe.capacity", capacity), stilled) if stilled else (run, [])
 
 
 def _look_up(config: Any, key: str) -> Any:

@@ -24,7 +24,7 @@ from swinmoe.moe.dispatchers.tutel import TutelDispatcher, tutel_serves
 from swinmoe.moe.registry import register_dispatcher
 from swinmoe.moe.types import DispatchPlan, ExpertRows, Queues, Routing
 
-Kind = Literal["fixed", "bounded", "dropless"]
+Kind = Literal["fixed", "bounded", "dropless", "adaptive"]
 _NOT_TIMED = "never timed on a GPU by us, so time it against the others"
 
 

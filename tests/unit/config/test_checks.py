@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from swinmoe.config import CompareConfig, OptimConfig, RunConfig
+from swinmoe.config import AdaptConfig, CompareConfig, OptimConfig, RunConfig
 from swinmoe.config.checks import Range, above, at_least, at_most, below_one, probability
 from swinmoe.config.io import build
 from swinmoe.errors import ConfigError
@@ -94,6 +94,12 @@ NONSENSE: dict[str, list[Any]] = {
     "model.moe.router.init_temperature": [0, -1, NAN],
     "model.moe.capacity.train.factor": [NAN, INF],
     "model.moe.capacity.train.min_slots": [-1],
+    "model.moe.capacity.train.adapt.max_drop": [-0.1, 1, NAN],
+    "model.moe.capacity.train.adapt.floor": [-0.1, NAN, INF],
+    "model.moe.capacity.train.adapt.ceiling": [0, NAN, INF],
+    "model.moe.capacity.train.adapt.margin": [-0.1, NAN, INF],
+    "model.moe.capacity.train.adapt.hysteresis": [-0.1, NAN, INF],
+    "model.moe.capacity.train.adapt.every": [0],
     "model.moe.losses.gshard": [-1, NAN],
     "model.moe.losses.importance": [-1, NAN],
     "model.moe.losses.load": [-1, NAN],
@@ -133,7 +139,10 @@ def _parts(hint: Any) -> set[Any]:
 
 
 def test_no_number_of_a_run_is_forgotten() -> None:
-    same_class = {f"model.moe.capacity.eval.{name}" for name in ("factor", "min_slots")}
+    policy = ("factor", "min_slots", *(f"adapt.{field.name}" for field in fields(AdaptConfig)))
+    same_class = {
+        f"model.moe.capacity.{of}.{name}" for of in ("eval", "layers.train", "layers.eval") for name in policy
+    }
     assert _numeric_keys(RunConfig) - same_class == set(NONSENSE) - {"name"} | ANY_WHOLE_NUMBER | PLACES
 
 
