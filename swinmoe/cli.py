@@ -71,11 +71,18 @@ def _options(
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None, shrink: Shrink = False) -> None:
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    shrink: Shrink = False,
+    trace: Annotated[
+        str | None, typer.Option("--trace", help="Steps to trace for Perfetto, e.g. 10:13.", show_default=False)
+    ] = None,
+) -> None:
     """Train one model from a config."""
     from swinmoe.commands import train as command
 
-    command.run(config, overrides or [], shrunk=shrink)
+    command.run(config, overrides or [], shrunk=shrink, trace=trace)
 
 
 @app.command()
@@ -340,6 +347,86 @@ def plan(
 
     question = command.Question(command.parse_ranks(ranks), hardware, processes_per_node, batch, imbalance)
     command.run(config, overrides or [], question, as_json=as_json, out=out)
+
+
+profile_app = typer.Typer(help="Measure what a layer or a model costs, and where the time goes.", no_args_is_help=True)
+app.add_typer(profile_app, name="profile")
+
+Several = Annotated[str | None, typer.Option(help="One value, or several with commas: a sweep.", show_default=False)]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for records.jsonl.", show_default=False)]
+Rounds = Annotated[int | None, typer.Option("--rounds", help="Turns that each step takes.", show_default=False)]
+Threads = Annotated[int | None, typer.Option("--threads", help="CPU threads of a process.", show_default=False)]
+Backward = Annotated[
+    bool | None, typer.Option("--backward/--inference", help="Training steps, or forward passes.", show_default=False)
+]
+
+
+@profile_app.command("layer")
+def profile_layer(
+    sweep: Annotated[Path | None, typer.Argument(help="A sweep as a file; see configs/profile/.")] = None,
+    tokens: Several = None,
+    dim: Several = None,
+    hidden: Several = None,
+    experts: Several = None,
+    top_k: Several = None,
+    capacity: Several = None,
+    dispatcher: Several = None,
+    ep_size: Several = None,
+    weight_group: Several = None,
+    exchange: Several = None,
+    local_size: Several = None,
+    chunks: Several = None,
+    payload: Several = None,
+    skew: Several = None,
+    precision: Several = None,
+    rounds: Rounds = None,
+    threads: Threads = None,
+    backward: Backward = None,
+    trace: Annotated[Path | None, typer.Option("--trace", help="Also a trace of a step of each, for Perfetto.")] = None,
+    out: Out = None,
+) -> None:
+    """Time expert layers beside a dense MLP of equal active FLOPs, phase by phase; under any launcher."""
+    from swinmoe.commands import profile as command
+
+    options = {
+        "tokens": tokens,
+        "dim": dim,
+        "hidden": hidden,
+        "experts": experts,
+        "top_k": top_k,
+        "capacity": capacity,
+        "dispatcher": dispatcher,
+        "ep_size": ep_size,
+        "weight_group": weight_group,
+        "exchange": exchange,
+        "local_size": local_size,
+        "chunks": chunks,
+        "payload": payload,
+        "skew": skew,
+        "precision": precision,
+    }
+    plain = {"rounds": rounds, "threads": threads, "backward": backward}
+    command.run_layer(sweep, options, plain=plain, out=out, trace=trace)
+
+
+@profile_app.command("model")
+def profile_model(
+    config: Annotated[Path, typer.Argument(help="A run's YAML file, or a sweep of configs/profile/.")],
+    overrides: Overrides = None,
+    vary: Annotated[
+        list[str] | None, typer.Option("--vary", help="KEY=A,B,...: a sweep over a setting; may be given again.")
+    ] = None,
+    rounds: Rounds = None,
+    threads: Threads = None,
+    backward: Backward = None,
+    trace: Annotated[Path | None, typer.Option("--trace", help="Also a trace of a step of each, for Perfetto.")] = None,
+    out: Out = None,
+) -> None:
+    """Time a run's training or inference steps beside its dense twin's, phase by phase; under any launcher."""
+    from swinmoe.commands import profile as command
+
+    plain = {"rounds": rounds, "threads": threads, "backward": backward}
+    command.run_model(config, overrides or [], vary or [], plain=plain, out=out, trace=trace)
 
 
 verify_app = typer.Typer(help="Prove that results do not depend on how they were computed.", no_args_is_help=True)

@@ -27,7 +27,7 @@ from torch import Tensor
 from swinmoe.moe.types import ExpertFn, ExpertWeights
 
 LAYER_PHASES = ("route", "scatter", "exchange_out", "experts", "exchange_back", "gather")
-OTHER = "other"
+OTHER, OPTIMIZER = "other", "optimizer"
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
 """Passes: what a step turns to. A step says so itself, by `turn`."""
 

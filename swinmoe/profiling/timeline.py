@@ -1,7 +1,7 @@
 """How long a step was in each phase, forward and backward: the borders of `swinmoe.moe.phases` with the time of each.
 
-Phases lie end to end, so that a step's times add up to the step by construction. CUDA: an event on the current stream at
-every border, read once the device is through; CPU: the clock.
+Phases lie end to end, so that a step's times add up to the step by construction. CUDA: an event on the current stream
+at every border, read once the device is through; CPU: the clock.
 """
 
 from __future__ import annotations

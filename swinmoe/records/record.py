@@ -18,11 +18,33 @@ Every line is one JSON object with a `kind`:
 - `final`: arm, seed, step, loss, accuracy, reason (why the arm stopped)
 - `superseded`: arm, seed, after_step: earlier lines of that arm and seed with a larger step count no more
 - `note`: text
+- `profile`: what (`layer`, `exchange` or `model`), command, workload (flat: settings, each value or list of values),
+  environment, time: what the `measurement` lines after it belong to
+- `measurement`: see below
 
 `routing` maps a layer's name to {routed, kept (lists over experts), drop_fraction, token_entropy, load_entropy,
 max_over_mean, dead_experts, losses}; of a layer with adaptive capacity, in `step`, also capacity_factor (that stands),
 capacity_need (the largest since the line before) and capacity_beyond (passes that needed more than what stood).
 Non-finite numbers are written as null.
+
+A `measurement` is one way of doing something, timed in turns with others (`swinmoe.profiling`). Where something does
+not apply or was not measured, its key is null or missing. Times are milliseconds of the slowest rank; counts and FLOPs are
+over all ranks, bytes those of one (the mean, for memory the one with the highest peak).
+
+- what, name (unique in the file), variant (flat: dispatcher (`dense` for a baseline), num_experts, top_k, capacity,
+  ep_size, world, chunks, exchange, skew, ...), baseline (the name of the measurement to compare with)
+- ms {median, low, high (the median's 95 % interval), rounds}; of a model also p95, images_per_second
+- phases: {pass: {phase: ms}}, passes `forward`, `backward`, of a model `update`; phases route, scatter, exchange_out,
+  experts, exchange_back, gather, other; of a model also attention, mlp (dense ones), optimizer. instrumented_ms: their
+  sum, the same step with its phases marked
+- exchange_ms: the same rows' exchange alone, forward and backward; exposed_ms: the step's time in exchanges (copies,
+  launches, waiting, for slower ranks too); hidden_ms: max(0, exchange_ms - exposed_ms), what other work covered
+- balanced_ms: the same step with balance forced
+- rows {routed, kept, computed}: choices, those not dropped, rows that experts multiplied (with padding)
+- flops {model, hardware, dense_equivalent}; gemm_flops_per_second (of a bare product in the same rounds);
+  utilisation {model, hardware}: FLOPs over ranks, time and that rate
+- bytes_sent: to other ranks, of one step; bandwidth: bytes per second of the exchange alone; ranks: of its group
+- memory {dense, experts, optimizer, dispatch, activations, peak}: bytes, see `swinmoe.profiling.memory`
 """
 
 from __future__ import annotations
@@ -37,7 +59,7 @@ from typing import Any
 from swinmoe.errors import CheckpointError
 
 RECORD_KINDS = ("run", "arm", "load", "step", "capacity", "eval", "samples", "class_expert", "final")
-RECORD_KINDS += ("superseded", "note")
+RECORD_KINDS += ("superseded", "note", "profile", "measurement")
 Line = dict[str, Any]
 
 

@@ -28,7 +28,7 @@ from swinmoe.errors import CheckpointError, ConfigError, NonFiniteLossError
 from swinmoe.models import SwinTransformer, build_model
 from swinmoe.models.counts import ModelCounts, count
 from swinmoe.models.stage import stage_map
-from swinmoe.moe import require_slots
+from swinmoe.moe import phases, require_slots
 from swinmoe.objectives import Classification, StepResult
 from swinmoe.parallel import (
     Mesh,
@@ -134,6 +134,8 @@ class Arm:
                 self.seed_draws(micro)
                 counted.append(self._backward(batch, len(batches)))
         sync_expert_gradients(self.raw, self.mesh)
+        phases.turn(phases.UPDATE)
+        phases.enter(phases.OPTIMIZER)
         limit = self.run.optim.clip_grad_norm
         norm = (
             clip_grad_norm(self.raw, None if limit is None else limit * self.scale.value, self.mesh) / self.scale.value
@@ -297,6 +299,7 @@ class Arm:
         saved.settle()
 
     def _backward(self, batch: Batch, micro_batches: int) -> StepResult:
+        phases.turn(phases.FORWARD)
         # DDP compares its buckets in the second step's forward pass, and sums them while the backward pass computes.
         with self.autocast(), naming("the forward pass", amid_other_work=True):
             result = self.objective(self.model, batch)
@@ -306,7 +309,9 @@ class Arm:
         shares = self.mesh.world if moe is not None and moe.losses.batch == "local" else 1
         loss = result.loss_sum / self.run.train.batch_size + result.aux_loss / (micro_batches * shares)
         with naming("summing gradients over all ranks, in the backward pass,", amid_other_work=True):
+            phases.turn(phases.BACKWARD)
             (loss * self.scale.value).backward()
+            phases.enter(phases.OTHER)
         return result
 
     def _after_update(self, counted: Sequence[StepResult]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,3 +31,5 @@ class Job:
     peak_flops: float | None = None
     tracker: Any = None
     """Something with `log(values, step)`: Accelerate's trackers; None for none."""
+    around_step: Callable[[int], AbstractContextManager[object]] = nullcontext
+    """Entered for the training of each step, by its number from 1: a profiler's."""

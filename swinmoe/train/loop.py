@@ -59,11 +59,12 @@ def _train(job: Job, arms: Sequence[Arm], step: int, saver: Saver) -> None:
             batches = tuple(place(b, arms[0].device, job.run.train.precision) for b in micro_batches)
             wait = time.perf_counter() - waited
             running = [arm for arm in arms if not arm.done]
-            for arm in running if step % 2 == 0 else reversed(running):
-                arm.train_step(batches)
-                if arm.capacity_changes:
-                    owner = {"arm": arm.name, "seed": arm.run.seed, "step": arm.step}
-                    job.records.write("capacity", **owner, layers=arm.capacity_changes)
+            with job.around_step(step + 1):
+                for arm in running if step % 2 == 0 else reversed(running):
+                    arm.train_step(batches)
+                    if arm.capacity_changes:
+                        owner = {"arm": arm.name, "seed": arm.run.seed, "step": arm.step}
+                        job.records.write("capacity", **owner, layers=arm.capacity_changes)
             step += 1
             job.progress.stepped(waited=wait, worked=time.perf_counter() - waited - wait)
             _after_step(job, arms, running, step, saver)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from swinmoe.config import RunConfig
@@ -12,8 +14,15 @@ from swinmoe.train.schedule import Length, planned_steps
 from swinmoe.train.session import open_session
 
 
-def train(run: RunConfig, *, show: bool = True) -> tuple[Path, Arm]:
+def train(
+    run: RunConfig,
+    *,
+    show: bool = True,
+    around_step: Callable[[int], AbstractContextManager[object]] = nullcontext,
+) -> tuple[Path, Arm]:
     """Train the model of `run`; returns its output folder (records, checkpoints, config) and the trained arm.
+
+    `around_step` is entered for the training of each step, by its number from 1.
 
     Raises:
         SwinMoEError: see `open_session`, `make_arm` and `fit`.
@@ -21,6 +30,7 @@ def train(run: RunConfig, *, show: bool = True) -> tuple[Path, Arm]:
     folder = Path(run.output_dir) / run.name
     with open_session("train", run, config=run, folder=folder, resume=run.resume, show=show) as session:
         job = session.job(run)
+        job.around_step = around_step
         length = Length(steps=planned_steps(run.train, job.stream.steps_per_epoch))
         arm = make_arm("model", run, session.mesh, session.accelerator, length, job.stream.steps_per_epoch)
         start = restore(job, [arm])

@@ -1,0 +1,331 @@
+"""What a run's training or inference steps cost beside its dense twin's, and where the time goes.
+
+Shapes: B images of this rank and micro-batch, C channels, H height, W width.
+
+The model is the run's own, spread as the run spreads it, with its optimiser; images are random numbers, already where
+they are needed, so that loading does not count. The learning rate is next to nothing: weights, and with them loads,
+stay what they are from round to round. A collective call from beginning to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swinmoe.comm import all_reduce_max, listen
+from swinmoe.config import RunConfig
+from swinmoe.config.io import with_overrides
+from swinmoe.data import Batch
+from swinmoe.errors import ConfigError
+from swinmoe.models.attention import WindowAttention
+from swinmoe.models.counts import ModelCounts
+from swinmoe.models.mlp import Mlp
+from swinmoe.moe import MoEMlp, RoutingStats, capacity, phases
+from swinmoe.parallel import Mesh, global_sum, make_mesh
+from swinmoe.profiling.breakdown import Watched, in_exchange, mean_breakdown
+from swinmoe.profiling.clock import Step, Timing, take_turns
+from swinmoe.profiling.flops import Rows
+from swinmoe.profiling.forced import ForcedRouter
+from swinmoe.profiling.gemm import gemm_rate, gemm_steps
+from swinmoe.profiling.memory import peak_memory, worst_memory
+from swinmoe.profiling.trace import trace_steps
+from swinmoe.runtime import make_accelerator
+from swinmoe.train import Arm, Length, make_arm
+from swinmoe.train.place import place
+
+Line = dict[str, Any]
+"""A `measurement` record, see `swinmoe.records.record`."""
+MODEL_PHASES = ("attention", "mlp", phases.OPTIMIZER)
+_STILL = {"optim": {"base_lr": 1e-12}, "schedule": {"min_lr": 0.0, "warmup_lr": 0.0}}
+
+
+@dataclass
+class _Subject:
+    """One model, ready to step."""
+
+    name: str
+    arm: Arm
+    step: Step
+    watched: Watched
+    routers: list[ForcedRouter]
+    batches: list[Batch]
+
+
+def profile_model(
+    runs: Mapping[str, RunConfig],
+    device: torch.device | str = "cpu",
+    *,
+    backward: bool = True,
+    rounds: int = 15,
+    say: Callable[[str], None] = lambda text: None,
+    trace: Path | None = None,
+) -> Iterator[Line]:
+    """The measurements of `runs`, each after that of its dense twin.
+
+    Args:
+        runs: by name; a sparse run is followed by its own twin with `model.moe: null`.
+        device: where.
+        backward: training steps with their optimiser's; false: forward passes of one training batch.
+        rounds: times that each step takes its turn.
+        say: told what is being done.
+        trace: a file for one more step of each model of the first run.
+
+    Raises:
+        ConfigError: a batch that gives some process no image, or a run that cannot be.
+    """
+    bench = _Bench(torch.device(device), backward, rounds, say)
+    for number, (name, run) in enumerate(runs.items()):
+        yield from bench.measure(name, run, trace if number == 0 else None)
+
+
+class _Bench:
+    def __init__(self, device: torch.device, backward: bool, rounds: int, say: Callable[[str], None]) -> None:
+        self.device, self.backward, self.rounds, self.say = device, backward, rounds, say
+
+    def measure(self, name: str, run: RunConfig, trace: Path | None) -> Iterator[Line]:
+        accelerator = make_accelerator(run.train.precision, timeout_minutes=run.parallel.timeout_minutes)
+        pair = [self._subject(name, run, accelerator)]
+        if run.model.moe is not None:
+            pair.insert(0, self._subject(f"{name}: dense twin", without_experts(run), accelerator))
+        mesh = pair[0].arm.mesh
+        dim = run.model.embed_dim * 2 ** (len(run.model.depths) // 2)
+        tokens = len(pair[0].batches[0]) * prod(run.model.img_size) // prod(run.model.patch_size)
+        gemms = gemm_steps(tokens, dim, int(dim * run.model.mlp_ratio), run.train.precision, self.device)
+        arms: dict[str, Step] = {f"gemm {key}": gemm.step for key, gemm in gemms.items()}
+        for subject in pair:
+            arms[subject.name] = subject.step
+            arms[f"{subject.name}: phases"] = subject.watched
+            if subject.routers:
+                arms[f"{subject.name}: balanced"] = _balanced(subject)
+        self.say(f"{len(arms)} steps take turns, {self.rounds} rounds: {'; '.join(s.name for s in pair)}")
+        with ExitStack() as marked:
+            for subject in pair:
+                marked.enter_context(marks(subject.arm.raw))
+            taken = take_turns(arms, self.rounds, group=mesh.world_group, device=self.device)
+            rate = gemm_rate(gemms, taken)
+            for subject in pair:
+                yield self._line(subject, taken, rate, None if subject is pair[0] else pair[0].name)
+            if trace is not None:
+                trace_steps(trace, {subject.name: subject.step for subject in pair}, self.device)
+        accelerator.free_memory()  # it keeps every model that it has prepared
+
+    def _subject(self, name: str, run: RunConfig, accelerator: Any) -> _Subject:
+        run = with_overrides(run, _STILL)
+        mesh = make_mesh(run.parallel, run.model.moe.num_experts if run.model.moe else None)
+        arm = make_arm(name, run, mesh, accelerator, Length(steps=10**9), 10**9)
+        routers = []
+        for layer in arm.raw.moe_layers().values():
+            forced = ForcedRouter(layer.router, layer.cfg.router.normalize_gates)
+            layer.router = forced  # type: ignore[assignment]
+            routers.append(forced)
+        batches = [place(batch, self.device, run.train.precision) for batch in random_batches(run, mesh)]
+        step = self._step(arm, batches)
+        return _Subject(name, arm, step, Watched(step, self.device), routers, batches)
+
+    def _step(self, arm: Arm, batches: list[Batch]) -> Step:
+        if self.backward:
+            return lambda: arm.train_step(batches)
+        arm.raw.eval()
+
+        def infer() -> None:
+            with torch.inference_mode(), arm.autocast():
+                for batch in batches:
+                    arm.raw(batch.images)
+
+        return infer
+
+    def _routing(self, subject: _Subject) -> dict[str, RoutingStats]:
+        """What one micro-batch's routing is."""
+        arm = subject.arm
+        arm.raw.train(self.backward)
+        with torch.no_grad(), arm.autocast():
+            routing: dict[str, RoutingStats] = arm.raw(subject.batches[0].images).routing
+        return routing
+
+    def _line(self, subject: _Subject, taken: Mapping[str, Timing], rate: float, baseline: str | None) -> Line:
+        arm, mesh, timing = subject.arm, subject.arm.mesh, taken[subject.name]
+        run, seconds = arm.run, timing.median / 1000
+        breakdown = mean_breakdown(subject.watched, taken[f"{subject.name}: phases"], mesh, MODEL_PHASES)
+        balanced = taken.get(f"{subject.name}: balanced")
+        routing = self._routing(subject)
+        rows = count_rows(arm.raw.moe_layers(), routing, mesh, training=self.backward)
+        flops = model_flops(arm.counts, rows, run, backward=self.backward)
+        with listen() as heard:
+            subject.step()
+        sent = float(global_sum(torch.tensor(sum(m.bytes for m in heard)), mesh)) / mesh.world
+        images = run.train.batch_size
+        memory = peak_memory(
+            subject.step,
+            arm.raw,
+            optimizer=arm.optimizer if self.backward else None,
+            inputs=[batch.images for batch in subject.batches],
+        )
+        return {
+            "what": "model",
+            "name": subject.name,
+            "variant": variant_of(run, mesh, self.backward),
+            "baseline": baseline,
+            "ms": timing.as_json() | {"p95": timing.percentile(95), "images_per_second": images / seconds},
+            "phases": breakdown,
+            "instrumented_ms": sum(sum(own.values()) for own in breakdown.values()),
+            "exposed_ms": in_exchange(breakdown) if mesh.ep_size > 1 and routing else None,
+            "hidden_ms": None,
+            "balanced_ms": None if balanced is None else balanced.median,
+            "rows": asdict(rows) if routing else None,
+            "flops": flops,
+            "gemm_flops_per_second": rate,
+            "utilisation": {key: flops[key] / mesh.world / seconds / rate for key in ("model", "hardware")},
+            "bytes_sent": sent,
+            "bandwidth": None,
+            "ranks": mesh.ep_size if routing else 1,
+            "memory": worst_memory(memory, mesh),
+        }
+
+
+def _balanced(subject: _Subject) -> Step:
+    """The step with every layer's load forced to balance."""
+
+    def step() -> None:
+        for router in subject.routers:
+            router.skew = 0.0
+        try:
+            subject.step()
+        finally:
+            for router in subject.routers:
+                router.skew = None
+
+    return step
+
+
+def without_experts(run: RunConfig) -> RunConfig:
+    """The dense twin of `run`."""
+    return with_overrides(run, {"model": {"moe": None}})
+
+
+def random_batches(run: RunConfig, mesh: Mesh) -> list[Batch]:
+    """This rank's micro-batches of one step: images of random numbers with random labels."""
+    parts, (rank, world) = run.train.accumulation, (mesh.rank, mesh.world)
+    whole = run.train.batch_size // parts
+    size = whole * (rank + 1) // world - whole * rank // world
+    if whole < world:
+        raise ConfigError(
+            f"train.batch_size={run.train.batch_size} in train.accumulation={parts} micro-batches gives some of the "
+            f"{world} processes no image; use at least {parts * world}"
+        )
+    generator = torch.Generator().manual_seed(1000 * run.seed + rank)
+    model = run.model
+    return [
+        Batch(
+            torch.randn(size, model.in_chans, *model.img_size, generator=generator),
+            torch.randint(max(1, model.num_classes), (size,), generator=generator),
+            None,
+            torch.arange(size),
+        )
+        for _ in range(parts)
+    ]
+
+
+def variant_of(run: RunConfig, mesh: Mesh, backward: bool) -> Line:
+    """What tells this run from others, flat."""
+    moe, policy = run.model.moe, None
+    if moe is not None:
+        policy = moe.capacity.train if backward else moe.capacity.eval
+    capacity_said = None
+    if policy is not None:
+        capacity_said = policy.kind if policy.kind == "dropless" else f"{policy.kind} {policy.factor:g}"
+    return {
+        "dispatcher": "dense" if moe is None else moe.dispatcher,
+        "num_experts": moe.num_experts if moe else 0,
+        "top_k": moe.top_k if moe else 1,
+        "capacity": capacity_said,
+        "world": mesh.world,
+        "ep_size": mesh.ep_size,
+        "weight_group": run.parallel.weight_group,
+        "chunks": run.parallel.chunks,
+        "exchange": run.parallel.exchange,
+        "payload": run.parallel.payload,
+        "skew": "router",
+        "batch_size": run.train.batch_size,
+        "img_size": run.model.img_size[0],
+        "embed_dim": run.model.embed_dim,
+        "precision": run.train.precision,
+        "backward": backward,
+    }
+
+
+def count_rows(
+    layers: Mapping[str, MoEMlp], routing: Mapping[str, RoutingStats], mesh: Mesh, *, training: bool
+) -> Rows:
+    """Choices of one micro-batch, over all layers and ranks."""
+    routed = kept = computed = 0
+    for name, stats in routing.items():
+        layer = layers[name]
+        own = torch.stack([stats.routed.sum(), stats.kept.sum()])
+        layer_routed, layer_kept = (int(n) for n in global_sum(own, mesh))
+        routed, kept = routed + layer_routed, kept + layer_kept
+        if layer.dispatcher_taken()[0] not in ("padded", "tutel", "gshard"):
+            computed += layer_kept
+            continue
+        policy = layer.cfg.capacity.train if training else layer.cfg.capacity.eval
+        slots = stats.kept.max()
+        if policy.kind == "fixed":
+            own_slots = capacity(policy, int(stats.tokens), layer.num_experts, layer.top_k)
+            slots = torch.tensor(own_slots, device=stats.kept.device)
+        computed += mesh.world * layer.num_experts * int(all_reduce_max(slots, mesh.world_group, "comparing slots"))
+    return Rows(routed, kept, computed)
+
+
+def model_flops(counts: ModelCounts, rows: Rows, run: RunConfig, *, backward: bool) -> dict[str, int]:
+    """The three counts of a step, over all ranks; see `swinmoe.profiling.flops`.
+
+    `model`: experts for the choices that were kept; `hardware`: experts for all computed rows, and what checkpointing
+    computes again; `dense_equivalent`: every choice computed once.
+    """
+    images, parts = run.train.batch_size, run.train.accumulation
+    passes = 3 if backward else 1
+    whole = counts.step_flops(images, parts) if backward else images * (counts.flops - counts.batch_flops)
+    whole += 0 if backward else parts * counts.batch_flops
+    part = counts.by_part
+    experts = part["experts"].flops * images * passes if "experts" in part else 0
+    hardware = whole + (round(experts * (rows.computed / rows.routed - 1)) if rows.routed else 0)
+    if backward and run.model.grad_checkpointing is True:
+        hardware += images * sum(part[name].flops for name in ("attention", "mlp", "experts") if name in part)
+    model = whole + (round(experts * (rows.kept / rows.routed - 1)) if rows.routed else 0)
+    return {"model": model, "hardware": hardware, "dense_equivalent": whole}
+
+
+@contextmanager
+def marks(model: nn.Module) -> Iterator[None]:
+    """Within it, attention and dense MLPs are phases of their own."""
+    handles = []
+    for module in model.modules():
+        phase = {WindowAttention: "attention", Mlp: "mlp"}.get(type(module))
+        if phase is not None:
+            mark = _Mark(phase)
+            handles += [module.register_forward_pre_hook(mark.before), module.register_forward_hook(mark.after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Mark:
+    """Borders around a module, whose first argument and result are tensors."""
+
+    def __init__(self, phase: str) -> None:
+        self.phase, self.outside = phase, phases.OTHER
+
+    def before(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        self.outside = phases.current()
+        return (phases.border(inputs[0], self.outside, self.phase), *inputs[1:])
+
+    def after(self, module: nn.Module, inputs: tuple[Any, ...], result: Tensor) -> Tensor:
+        return phases.border(result, self.phase, self.outside)
