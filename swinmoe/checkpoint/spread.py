@@ -3,7 +3,9 @@
 Everything here follows from names, shapes and the mesh alone, so that all ranks come to the same plan without a word.
 
 Shapes: E experts counted globally; a rank holds e of them, stacked (e, ...), or one slice of one, (1, ...). In files
-each expert has tensors of its own (`swinmoe.checkpoint.naming`), whole.
+each expert has tensors of its own (`swinmoe.checkpoint.naming`), whole. Two more ways to share are joined there too:
+FSDP2 cuts what is equal on all ranks by rows (`swinmoe.parallel.cut`), experts stacked so by number; and with ZeRO some
+ranks hold a parameter's moments, and the others a tensor without storage in their place.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from swinmoe.checkpoint.tensor_file import Band, Shape
 from swinmoe.comm import all_gather_rows
 from swinmoe.errors import CheckpointError
 from swinmoe.moe import MoEMlp
-from swinmoe.parallel import Mesh
+from swinmoe.parallel import Cut, Mesh, cut_of, join_rows, local_part
 from swinmoe.parallel.expert_parameter import ExpertParameter, join_slices
 
 SHARD_BYTES = 4 * 2**30
@@ -48,7 +50,16 @@ class Held:
 
     tensor: Tensor
     stack: Stack | None = None
-    """None: whole, and equal on all ranks."""
+    """None: no experts, and equal on all ranks unless it is cut."""
+    holders: frozenset[int] | None = None
+    """The ranks that have values, each those of its part; None = all."""
+    cut: Cut | None = None
+    """Which rows these are of a tensor that is cut over all ranks, experts where it is a stack; None = it is not."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the whole along the leading axis, as far as `cut` goes."""
+        return self.tensor.shape[0] if self.cut is None else self.cut.rows
 
 
 def stacks(model: nn.Module) -> dict[str, Stack]:
@@ -68,15 +79,20 @@ def stacks(model: nn.Module) -> dict[str, Stack]:
     return found
 
 
-def hold(tensors: Mapping[str, Tensor], found: Mapping[str, Stack]) -> dict[str, Held]:
+def hold(
+    tensors: Mapping[str, Tensor], found: Mapping[str, Stack], holders: Mapping[str, frozenset[int]] | None = None
+) -> dict[str, Held]:
     """`tensors` named as in a state dict, or `NAME#KEY` for an optimiser's value of parameter NAME, with their spread.
 
-    Scalars of an optimiser, such as AdamW's step count, belong to a stack as a whole.
+    Scalars of an optimiser, such as AdamW's step count, belong to a stack as a whole. `holders`: by parameter, the
+    ranks that hold what is named after it, where not all do.
     """
-    return {
-        name: Held(tensor, found.get(name.partition("#")[0]) if tensor.dim() else None)
-        for name, tensor in tensors.items()
-    }
+    held = {}
+    for name, tensor in tensors.items():
+        parameter = name.partition("#")[0]
+        stack = found.get(parameter) if tensor.dim() else None
+        held[name] = Held(local_part(tensor), stack, (holders or {}).get(parameter), cut_of(tensor))
+    return held
 
 
 def name_in_files(name: str, expert: int) -> str:
@@ -126,19 +142,18 @@ class Shard:
 
 def items_of(held: Mapping[str, Held], mesh: Mesh) -> Iterator[Item]:
     """Everything to be written of one group, in the same order on all ranks."""
-    everyone = range(mesh.world)
     for name, part in held.items():
         size, stack = tuple(part.tensor.shape), part.stack
         if stack is None:
-            yield Item(name, name, Shape(part.tensor.dtype, size), None, everyone)
+            size = (part.rows, *size[1:]) if size else size
+            yield Item(name, name, Shape(part.tensor.dtype, size), None, _homes(part, None, mesh))
             continue
         one = list(size[1:])
         if stack.slices > 1:
             one[stack.axis] *= stack.slices
         shape = Shape(part.tensor.dtype, tuple(one))
         for expert in range(stack.num_experts):
-            homes = _homes(expert, stack, mesh) if stack.spread else everyone
-            yield Item(name_in_files(name, expert), name, shape, expert, homes)
+            yield Item(name_in_files(name, expert), name, shape, expert, _homes(part, expert, mesh))
 
 
 def shards(groups: Mapping[str, Mapping[str, Held]], mesh: Mesh) -> dict[str, list[Shard]]:
@@ -170,9 +185,10 @@ def shards(groups: Mapping[str, Mapping[str, Held]], mesh: Mesh) -> dict[str, li
 def wholes(
     groups: Mapping[str, Mapping[str, Held]], plan: Mapping[str, list[Shard]], mesh: Mesh
 ) -> Iterator[tuple[Shard, Item, Tensor]]:
-    """What this rank writes, one tensor at a time. A collective call where experts are sliced: exhaust it.
+    """What this rank writes, one tensor at a time. A collective call where experts are sliced, or tensors cut by rows:
+    exhaust it.
 
-    Slices meet one expert's tensor at a time, on the ranks of one replica.
+    Slices meet one expert's tensor at a time, on the ranks of one replica; rows one tensor at a time, on all ranks.
     """
     for group, held in groups.items():
         for shard in plan[group]:
@@ -186,6 +202,10 @@ def wholes(
                     parts = all_gather_rows(part.tensor.detach().unsqueeze(0), _slice_group(mesh, stack.slices), what)
                     if mine:
                         yield shard, item, join_slices(parts, stack.slices, stack.axis + 1)[0]
+                elif stack is None and part.cut is not None:
+                    whole = join_rows(part.tensor, part.cut, mesh, f"gathering the rows of {item.name}")
+                    if mine:
+                        yield shard, item, whole
                 elif mine:
                     yield shard, item, part.tensor.detach() if item.expert is None else _local(part, item.expert, mesh)
 
@@ -199,31 +219,39 @@ def form_slice_groups(found: Mapping[str, Stack], mesh: Mesh) -> None:
 def read_held(held: Mapping[str, Held], source: Tensors, mesh: Mesh) -> None:
     """Fill this rank's tensors from files, reading only what it holds; nothing is certain before `source.settle()`.
 
-    Bands of sliced experts cannot be hashed: the ranks of an expert read some of its tensors whole, each once, through
-    a small buffer, to check them.
+    Bands, of sliced experts and of rows, cannot be hashed: the ranks that share them read some of these tensors whole,
+    each once, through a small buffer, to check them.
 
     Raises:
         CheckpointError: names or shapes are not those of `held`; names the first ones.
         DamagedError: a file is not what was written; names it and the tensor.
     """
     _check_fit(held, source, mesh)
-    turn = 0
+    sliced = in_rows = 0
     for name, part in held.items():
         stack = part.stack
+        if part.holders is not None and mesh.rank not in part.holders:
+            continue
         if stack is None:
-            source.read_into(name, part.tensor)
+            if part.cut is None:
+                source.read_into(name, part.tensor)
+                continue
+            if part.tensor.numel():
+                source.read_into(name, part.tensor, Band(0, part.cut.first, part.tensor.shape[0]))
+            if in_rows % mesh.world == mesh.rank:
+                source.file(name).verify(name)
+            in_rows += 1
             continue
         if stack.slices == 1:
             for local in range(part.tensor.shape[0]):
-                expert = local + (mesh.ep_rank * part.tensor.shape[0] if stack.spread else 0)
-                source.read_into(name_in_files(name, expert), part.tensor[local])
+                source.read_into(name_in_files(name, _first_expert(part, mesh) + local), part.tensor[local])
             continue
         expert, piece = divmod(mesh.ep_rank, stack.slices)
         key, width = name_in_files(name, expert), part.tensor.shape[stack.axis + 1]
         source.read_into(key, part.tensor[0], Band(stack.axis, piece * width, width))
-        if turn % stack.slices == piece:
+        if sliced % stack.slices == piece:
             source.file(key).verify(key)
-        turn += 1
+        sliced += 1
 
 
 def _check_fit(held: Mapping[str, Held], source: Tensors, mesh: Mesh) -> None:
@@ -249,17 +277,30 @@ def _listed(what: str, names: list[str]) -> Iterable[str]:
         yield f"{what} {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _homes(expert: int, stack: Stack, mesh: Mesh) -> list[int]:
-    each = max(1, stack.num_experts // mesh.ep_size)
-    places = range(expert * stack.slices, (expert + 1) * stack.slices) if stack.slices > 1 else [expert // each]
-    return [replica * mesh.ep_size + place for replica in range(mesh.replicas) for place in places]
+def _homes(part: Held, expert: int | None, mesh: Mesh) -> range | list[int]:
+    """Ranks that hold an expert, or a slice of it; or, of no expert, the tensor, or rows of it."""
+    homes: range | list[int] = range(mesh.world)
+    if expert is not None and part.cut is not None:
+        homes = [expert // part.cut.share]
+    elif expert is not None and part.stack is not None and part.stack.spread:
+        stack = part.stack
+        each = max(1, stack.num_experts // mesh.ep_size)
+        places = range(expert * stack.slices, (expert + 1) * stack.slices) if stack.slices > 1 else [expert // each]
+        homes = [replica * mesh.ep_size + place for replica in range(mesh.replicas) for place in places]
+    return homes if part.holders is None else [rank for rank in homes if rank in part.holders]
+
+
+def _first_expert(part: Held, mesh: Mesh) -> int:
+    """Number of the first expert here."""
+    assert part.stack is not None
+    if part.cut is not None:
+        return part.cut.first
+    return mesh.ep_rank * part.tensor.shape[0] if part.stack.spread else 0
 
 
 def _local(part: Held, expert: int, mesh: Mesh) -> Tensor:
     """One expert's tensor out of this rank's stack, a view."""
-    assert part.stack is not None
-    first = mesh.ep_rank * part.tensor.shape[0] if part.stack.spread else 0
-    return part.tensor.detach()[expert - first]
+    return part.tensor.detach()[expert - _first_expert(part, mesh)]
 
 
 def _neighbours(rank: int, slices: int) -> range:

@@ -188,6 +188,8 @@ class TrainConfig:
     label_smoothing: float = 0.0
     ema_decay: float | None = None
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    offload_activations: bool = False
+    """What the backward pass needs waits for it in the host's memory (pinned, for a GPU); weights stay."""
     eval_every_epochs: float | None = 1
     """None = at the end only."""
     dead_expert_window: int = 100
@@ -236,6 +238,11 @@ class ParallelConfig:
     """Parts in which tokens travel, each overlapping with the experts' work on another; 1 = no overlap."""
     payload: Literal["full", "bf16"] = "full"
     """What travelling tokens and their gradients are rounded to; `full` = not at all."""
+    zero: bool = False
+    """ZeRO stage 1 by FairScale's OSS: each rank keeps the moments of some parameters, steps those and sends them to
+    the others; dense ones are dealt out over all ranks, experts over their replicas."""
+    shard_dense: bool = False
+    """FSDP2 in DDP's place: each rank keeps a band of rows of every dense parameter, of its gradient and moments."""
     timeout_minutes: float = 10.0
     """After so long a collective that does not finish is an error that names it."""
 

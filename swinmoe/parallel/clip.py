@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from swinmoe.comm.failure import naming
 from swinmoe.comm.traffic import note_all_reduce
+from swinmoe.parallel.cut import is_cut, local_part
 from swinmoe.parallel.expert_parameter import is_expert_parameter
 from swinmoe.parallel.mesh import Mesh
 
@@ -36,8 +37,9 @@ def clip_grad_norm(model_or_params: nn.Module | Iterable[Tensor], max_norm: floa
     """Scale all gradients so that their global 2-norm is at most `max_norm`; a collective call, without a host sync.
 
     Call it after dense gradients are summed over the world and expert gradients over replicas. Dense gradients count
-    once, and so does every expert, wherever it is. One sum over the world makes the norm the same number on all
-    ranks, bit by bit; so is a NaN or an infinity, and every rank can skip the step alike.
+    once, and so does every expert, wherever it is, and every row of a gradient that is cut over ranks. One sum over
+    the world makes the norm the same number on all ranks, bit by bit; so is a NaN or an infinity, and every rank can
+    skip the step alike.
 
     Args:
         model_or_params: a model, or its parameters.
@@ -50,25 +52,31 @@ def clip_grad_norm(model_or_params: nn.Module | Iterable[Tensor], max_norm: floa
         CollectiveError: the sum failed or timed out.
     """
     parameters = model_or_params.parameters() if isinstance(model_or_params, nn.Module) else model_or_params
-    with_grad = [p for p in parameters if p.grad is not None]
-    dense = [p.grad for p in with_grad if p.grad is not None and not is_expert_parameter(p)]
-    experts = [p.grad for p in with_grad if p.grad is not None and is_expert_parameter(p)]
+    dense: list[Tensor] = []
+    experts: list[Tensor] = []
+    rows: list[Tensor] = []  # of dense gradients that are cut
+    for parameter in parameters:
+        if parameter.grad is not None:
+            kind = rows if is_cut(parameter) else experts if is_expert_parameter(parameter) else dense
+            kind.append(local_part(parameter.grad))
+    everything = dense + experts + rows
     dtype = torch.float32
-    for gradient in dense + experts:
+    for gradient in everything:
         dtype = torch.promote_types(dtype, gradient.dtype)
-    device = (dense + experts)[0].device if dense or experts else torch.device("cpu")
+    device = everything[0].device if everything else torch.device("cpu")
     total = torch.zeros((), dtype=dtype, device=device)
-    if mesh.ep_size == 1:
-        total = _square_sum(dense + experts, total)  # every rank has the same gradients
+    if mesh.ep_size == 1 and not rows:
+        total = _square_sum(everything, total)  # every rank has the same gradients
     else:
         if mesh.rank == 0:
             total = total + _square_sum(dense, total)
         if mesh.replica == 0:
             total = total + _square_sum(experts, total)
+        total = total + _square_sum(rows, total)
         note_all_reduce(total, None, "clipping")
         with naming("clipping: summing the gradients' norm"):
             dist.all_reduce(total)
     norm = total.sqrt()
-    if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
+    if max_norm is not None and everything:
+        torch._foreach_mul_(everything, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

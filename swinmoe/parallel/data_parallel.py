@@ -8,7 +8,7 @@ brought them the gradients of their whole expert group already, and only replica
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from swinmoe.comm.failure import naming
 from swinmoe.comm.traffic import note_all_reduce
 from swinmoe.moe.layer import MoEMlp
 from swinmoe.parallel.expert_parameter import expert_parameter_names, is_expert_parameter
+from swinmoe.parallel.fsdp import is_sharded, only_accumulating, shard_dense
 from swinmoe.parallel.mesh import Mesh
 from swinmoe.parallel.replicas import GradientSum, SummedOverReplicas
 
@@ -34,10 +35,14 @@ def wrap_data_parallel(model: nn.Module, mesh: Mesh, accelerator_prepare: Prepar
         mesh: this rank's place.
         accelerator_prepare: an Accelerator, or a function such as its `prepare_model`, which places the model on its
             device and wraps it in DDP; it must not register a communication hook of its own. None = plain DDP.
+            With `parallel.shard_dense` it is not asked: FSDP2 takes DDP's place, and the model is where it belongs.
     """
     prepare = getattr(accelerator_prepare, "prepare_model", accelerator_prepare)
     if mesh.world == 1:
         return model if prepare is None else prepare(model)
+    if mesh.config.shard_dense:
+        shard_dense(model, mesh)
+        return model
     if not any(p.requires_grad and not is_expert_parameter(p) for p in model.parameters()):
         # Experts alone are trained: DDP has nothing to do, and refuses such a model.
         place = getattr(accelerator_prepare, "prepare_model", None)
@@ -60,10 +65,12 @@ def wrap_data_parallel(model: nn.Module, mesh: Mesh, accelerator_prepare: Prepar
 # Untyped: DDP compares the hook's annotations with its own classes, and here annotations are strings.
 def _sum_bucket(group, bucket):  # type: ignore[no-untyped-def]
     """DDP's communication hook: the default one divides by the number of ranks first."""
-    note_all_reduce(bucket.buffer(), group, "summing dense gradients")
-    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    summed = bucket.buffer()
+    note_all_reduce(summed, group, "summing dense gradients")
+    work = dist.all_reduce(summed, group=group, async_op=True)
     assert work is not None
-    return work.get_future().then(lambda done: done.value()[0])
+    # `value` raises what went wrong; of a group that only pretends (`swinmoe plan --dry-run`) it is None.
+    return work.get_future().then(lambda done: (done.value() or [summed])[0])
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -78,11 +85,17 @@ def no_sync(model: nn.Module) -> Iterator[None]:
     for layer in layers:
         layer.paused = True
     try:
-        with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+        with _without_sums(model):
             yield
     finally:
         for layer in layers:
             layer.paused = False
+
+
+def _without_sums(model: nn.Module) -> AbstractContextManager[None]:
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return only_accumulating(model) if is_sharded(model) else nullcontext()
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from swinmoe.comm import all_gather_rows
+from swinmoe.parallel.cut import cut_of, join_rows, local_part
 from swinmoe.parallel.mesh import Mesh
 
 
@@ -80,8 +81,11 @@ def gather_full(tensor: Tensor, parameter: Tensor, mesh: Mesh) -> Tensor:
     """The whole (E, ...) of this rank's part, on every rank; `tensor` itself where nothing is spread.
 
     `tensor` is `parameter` or something of its shape (a gradient, a moment, an average). A collective over the expert
-    group for expert parameters: every rank must ask in the same order.
+    group for expert parameters, over all ranks for what FSDP2 has cut: every rank must ask in the same order.
     """
+    cut = cut_of(tensor)
+    if cut is not None:
+        return join_rows(local_part(tensor), cut, mesh)
     spread = _spread(tensor, parameter, mesh)
     if spread is None:
         return tensor
@@ -90,7 +94,13 @@ def gather_full(tensor: Tensor, parameter: Tensor, mesh: Mesh) -> Tensor:
 
 
 def take_local(full: Tensor, parameter: Tensor, mesh: Mesh) -> Tensor:
-    """This rank's part of a whole (E, ...), as a view; `full` itself where nothing is spread."""
+    """This rank's part of a whole (E, ...), as a view; `full` itself where nothing is spread.
+
+    Of a parameter that FSDP2 has cut: the rows that belong into its `local_part`.
+    """
+    cut = cut_of(parameter)
+    if cut is not None:
+        return full.narrow(0, cut.first, local_part(parameter).shape[0])
     spread = _spread(full, parameter, mesh)
     if spread is None:
         return full

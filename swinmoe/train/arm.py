@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from swinmoe.checkpoint import Content, Stack, Stored, Tensors, hold, read_held, stacks
@@ -36,8 +36,12 @@ from swinmoe.parallel import (
     clip_grad_norm,
     global_min,
     global_sum,
+    holders_of,
     is_expert_parameter,
+    local_part,
     no_sync,
+    saved_on_host,
+    shard_dense,
     sync_expert_gradients,
     wrap_data_parallel,
 )
@@ -62,7 +66,8 @@ class Arm:
     raw: SwinTransformer
     model: nn.Module
     """`raw` as Accelerate prepared it (wrapped for data parallelism when there are several processes)."""
-    optimizer: AdamW
+    optimizer: Optimizer
+    """AdamW, or several that step as one where ranks share the work."""
     objective: Classification
     rate: LearningRate
     length: Length
@@ -146,7 +151,8 @@ class Arm:
             raise NonFiniteLossError(self._explain_non_finite(batches))
         if finite:
             if self.scale.value != 1.0:
-                torch._foreach_div_([p.grad for p in self.raw.parameters() if p.grad is not None], self.scale.value)
+                gradients = [local_part(p.grad) for p in self.raw.parameters() if p.grad is not None]
+                torch._foreach_div_(gradients, self.scale.value)
             self.optimizer.step()
             self._after_update(counted)
         self.scale.update(overflowed=not finite)
@@ -216,7 +222,7 @@ class Arm:
     def content(self) -> Content:
         """What a checkpoint holds of this arm, apart from `values`: views of its tensors, as this rank has them."""
         model = hold(self.raw.state_dict(), self.stacks)
-        groups = {"model": model, "optimizer": hold(self._moments(), self.stacks)}
+        groups = {"model": model, "optimizer": hold(self._moments(), self.stacks, self._holders())}
         if self.average is not None:
             groups["average"] = hold(self.average.module.state_dict(), self.stacks)
         return Content(groups, dump(self.run))
@@ -258,7 +264,7 @@ class Arm:
         if values["step"]:
             moments = stored.tensors(f"{prefix}optimizer")
             self._make_moments(moments)
-            self._read(moments, self._moments())
+            self._read(moments, self._moments(), self._holders())
         if self.average is not None:
             if f"{prefix}average" not in stored.groups:
                 raise CheckpointError("train.ema_decay is set but the checkpoint holds no moving average")
@@ -281,27 +287,38 @@ class Arm:
         states = ((name, self.optimizer.state.get(parameter, {})) for name, parameter in self.raw.named_parameters())
         return {f"{name}#{key}": value for name, state in states for key, value in state.items()}
 
+    def _holders(self) -> dict[str, frozenset[int]]:
+        """Ranks that hold a parameter's moments, by its name, where not all do that hold the parameter."""
+        found = ((name, holders_of(self.optimizer, parameter)) for name, parameter in self.raw.named_parameters())
+        return {name: ranks for name, ranks in found if ranks is not None}
+
     def _make_moments(self, saved: Tensors) -> None:
-        """Room for the optimiser's tensors, as `saved` has them: of the parameter's shape, or scalars."""
+        """Room for the optimiser's tensors, as `saved` has them: of the parameter's shape, or scalars. What another
+        rank holds is named, without room."""
         keys = sorted({name.rpartition("#")[2] for name in saved})
         for name, parameter in self.raw.named_parameters():
             if parameter.requires_grad:
                 whole = {key: saved.entry(f"{name}#{key}") for key in keys if f"{name}#{key}" in saved}
+                holders = holders_of(self.optimizer, parameter)
+                device = self.device if holders is None or self.mesh.rank in holders else torch.device("meta")
                 self.optimizer.state[parameter] = {
-                    key: torch.empty((), dtype=whole[key].dtype, device=self.device)
+                    key: torch.empty((), dtype=whole[key].dtype, device=device)
                     if key in whole and whole[key].shape == ()
-                    else torch.empty_like(parameter.detach())
+                    else torch.empty_like(parameter.detach(), device=device)
                     for key in keys
                 }
 
-    def _read(self, saved: Tensors, own: Mapping[str, Tensor]) -> None:
-        read_held(hold(own, self.stacks), saved, self.mesh)
+    def _read(
+        self, saved: Tensors, own: Mapping[str, Tensor], holders: Mapping[str, frozenset[int]] | None = None
+    ) -> None:
+        read_held(hold(own, self.stacks, holders), saved, self.mesh)
         saved.settle()
 
     def _backward(self, batch: Batch, micro_batches: int) -> StepResult:
         phases.turn(phases.FORWARD)
         # DDP compares its buckets in the second step's forward pass, and sums them while the backward pass computes.
-        with self.autocast(), naming("the forward pass", amid_other_work=True):
+        saved = saved_on_host(self.device) if self.run.train.offload_activations else nullcontext()
+        with saved, self.autocast(), naming("the forward pass", amid_other_work=True):
             result = self.objective(self.model, batch)
         moe = self.run.model.moe
         # A global balance loss is the same on every rank and its gradient is summed: it counts once. A local one is
@@ -391,17 +408,20 @@ def make_arm(
     apply_expert_parallel(raw, mesh)
     agree({f"the expert placement of {name!r}": _placement(raw, mesh)})
     decay = run.train.ema_decay
-    average = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(decay)) if decay is not None else None
+    average = AveragedModel(raw, multi_avg_fn=_averaging(decay)) if decay is not None else None
     if average is not None:
         average.requires_grad_(False)
+        if mesh.config.shard_dense and mesh.world > 1:
+            shard_dense(average.module, mesh)
+    model = wrap_data_parallel(raw, mesh, accelerator)
     return Arm(
         name=name,
         run=run,
         mesh=mesh,
         device=device,
         raw=raw,
-        model=wrap_data_parallel(raw, mesh, accelerator),
-        optimizer=make_optimizer(raw, run.optim),
+        model=model,
+        optimizer=make_optimizer(raw, run.optim, mesh),
         objective=Classification(label_smoothing=run.train.label_smoothing),
         rate=make_learning_rate(run.optim, run.schedule, run.train, length, steps_per_epoch),
         length=length,
@@ -410,6 +430,16 @@ def make_arm(
         average=average,
         autocast=accelerator.autocast,
     )
+
+
+def _averaging(decay: float) -> Callable[[Any, Any, Any], None]:
+    """The moving average's update, on what this rank has of each tensor."""
+    update = get_ema_multi_avg_fn(decay)
+
+    def follow(averages: Sequence[Tensor], values: Sequence[Tensor], count: Any) -> None:
+        update([local_part(a) for a in averages], [local_part(v) for v in values], count)
+
+    return follow
 
 
 def _placement(model: SwinTransformer, mesh: Mesh) -> str:

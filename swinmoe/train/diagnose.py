@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from swinmoe.parallel import local_part
+
 
 def non_finite_parameter(model: nn.Module) -> str | None:
     """The first parameter held here that has a non-finite value, or None."""
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        if not bool(torch.isfinite(local_part(parameter)).all()):
             return f"parameter {name!r}"
     return None
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from swinmoe.config import OptimConfig
 from swinmoe.errors import ConfigError
 from swinmoe.models import SwinTransformer
 from swinmoe.models.swin import NO_DECAY
+from swinmoe.parallel import Mesh, make_adamw
 from swinmoe.train.layer_decay import rate_scale_of
 
 
@@ -25,13 +26,15 @@ def rate_scale(optim: OptimConfig, batch_size: int) -> float:
     return batch_size / optim.lr_batch if optim.lr_batch else 1.0
 
 
-def make_optimizer(model: nn.Module, optim: OptimConfig) -> AdamW:
+def make_optimizer(model: nn.Module, optim: OptimConfig, mesh: Mesh | None = None) -> Optimizer:
     """AdamW over all trainable parameters: two groups, with and without weight decay, or two for each layer.
 
-    `set_rate` gives every group its rate, at every step.
+    `set_rate` gives every group its rate, at every step. `mesh` says who shares the moments (`parallel.zero`); None =
+    nobody.
 
     Raises:
         ConfigError: `layer_decay` for a model whose layers are not known.
+        BackendUnavailableError: `parallel.zero` without FairScale.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -42,7 +45,7 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> AdamW:
         {"params": groups[scale, decay], "weight_decay": optim.weight_decay * decay, "rate_scale": scale}
         for scale, decay in sorted(groups, key=lambda key: (key[0], not key[1]))
     ]
-    return AdamW(ordered, lr=optim.base_lr, betas=optim.betas, eps=optim.eps, fused=True)
+    return make_adamw(ordered, mesh or Mesh(), lr=optim.base_lr, betas=optim.betas, eps=optim.eps)
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:

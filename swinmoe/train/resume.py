@@ -28,7 +28,7 @@ from swinmoe.train.job import Job
 MAY_DIFFER_ON_RESUME = (
     *("resume", "output_dir", "name", "log", "checkpoint", "parallel"),
     *("data.workers", "data.root", "data.index_dir", "data.download", "train.eval_batch_size"),
-    "model.grad_checkpointing",
+    *("model.grad_checkpointing", "train.offload_activations"),
 )
 """Config keys, and sections, that may change on the way. All but `parallel` leave every bit of training as it is; with
 another number of ranks the noise that ranks draw is another."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pool import Pool
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from swinmoe.checkpoint.naming import expert_key
 from swinmoe.config import RunConfig
 from swinmoe.config.io import build, merge
 from swinmoe.data import build_data
-from swinmoe.parallel import gather_full, make_mesh
+from swinmoe.parallel import gather_full, holders_of, make_mesh
 from swinmoe.runtime import make_accelerator
 from swinmoe.train.arm import Arm, make_arm
 from swinmoe.train.place import place
@@ -54,11 +55,20 @@ class Spread:
     name: str
     processes: int
     ep_size: int
+    zero: bool = False
+    shard_dense: bool = False
 
 
 ONE, TWO, FOUR = Spread("1", 1, 1), Spread("ep 2", 2, 2), Spread("ep 4", 4, 4)
 REPLICAS, DATA = Spread("dp x ep 2 x 2", 4, 2), Spread("dp 2", 2, 1)
 SLICED = Spread("ep 4, sliced in 2", 4, 4)
+ZERO_TWO, ZERO_FOUR = Spread("ZeRO dp 2", 2, 1, zero=True), Spread("ZeRO dp 4", 4, 1, zero=True)
+ZERO_REPLICAS = Spread("ZeRO dp x ep 2 x 2", 4, 2, zero=True)
+CUT_TWO, CUT_REPLICAS = (
+    Spread("FSDP2 dp 2", 2, 1, shard_dense=True),
+    Spread("FSDP2 dp x ep 2 x 2", 4, 2, shard_dense=True),
+)
+CUT_AND_ZERO = Spread("FSDP2 and ZeRO dp x ep 2 x 2", 4, 2, zero=True, shard_dense=True)
 EIGHT = Spread("ep 8, sliced in 2", 8, 8)
 
 Whole = dict[str, Tensor]
@@ -67,7 +77,8 @@ Run = Callable[..., list[Any]]
 
 def start(spread: Spread, experts: int) -> tuple[Arm, Any]:
     """An arm of this process, untrained, and its stream of batches."""
-    own = {"model": {"moe": {"num_experts": experts}}, "parallel": {"ep_size": spread.ep_size}}
+    parallel = {"ep_size": spread.ep_size, "zero": spread.zero, "shard_dense": spread.shard_dense}
+    own = {"model": {"moe": {"num_experts": experts}}, "parallel": parallel}
     run = build(RunConfig, merge(RUN, own))
     accelerator = make_accelerator("fp64", cpu=True)
     mesh = make_mesh(run.parallel, experts)
@@ -96,9 +107,21 @@ def whole(arm: Arm) -> Whole:
             found |= _named(f"{group}/", name, full, "")
     for name, parameter in parameters.items():
         for key, value in arm.optimizer.state.get(parameter, {}).items():
+            value = _from_holders(value, holders_of(arm.optimizer, parameter), arm)
             full = gather_full(value, parameter, arm.mesh) if value.shape == parameter.shape else value
             found |= _named("optimizer/", name, full, f"#{key}")
     return {name: value.detach().clone() for name, value in found.items()}
+
+
+def _from_holders(value: Tensor, holders: frozenset[int] | None, arm: Arm) -> Tensor:
+    """A moment that some ranks hold, on all: each has that of its own place in an expert group, or the only one."""
+    if holders is None:
+        return value
+    everyone = [torch.empty(value.shape, dtype=value.dtype) for _ in range(arm.mesh.world)]
+    own = value if arm.mesh.rank in holders else torch.zeros(value.shape, dtype=value.dtype)
+    dist.all_gather(everyone, own.contiguous())
+    at_my_place = [rank for rank in sorted(holders) if rank % arm.mesh.ep_size == arm.mesh.ep_rank]
+    return everyone[at_my_place[0] if len(holders) > 1 else min(holders)]
 
 
 def _named(group: str, name: str, value: Tensor, key: str) -> Whole:

@@ -196,7 +196,10 @@ NOWHERE = {
     "ParallelConfig.local_size": "needs ep_size > 1",
     "ParallelConfig.chunks": "needs ep_size > 1",
     "ParallelConfig.payload": "needs ep_size > 1",
+    "ParallelConfig.zero": "needs several processes, and an optional package",
+    "ParallelConfig.shard_dense": "needs several processes",
     "ParallelConfig.timeout_minutes": "a matter of the machine",
+    "TrainConfig.offload_activations": "of use on a GPU alone",
 }
 """Fields that every file leaves alone, and why."""
 

@@ -1,0 +1,70 @@
+"""FSDP2 for dense parameters, beside expert parallelism: each rank keeps a band of rows of every one of them.
+
+A block's parameters are gathered before its forward and backward passes and given back after them; its gradients are
+summed onto the ranks that keep the rows. So parameters, gradients and moments take 1/W of their bytes on each of W
+ranks, for one gather more per pass than DDP has messages. Experts spread over ranks stay where they are; experts that
+every rank would hold (`ep_size` 1) are dense parameters like others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from swinmoe.comm.failure import naming
+from swinmoe.errors import ConfigError
+from swinmoe.models.block import SwinBlock
+from swinmoe.models.patches import PatchMerging
+from swinmoe.parallel.expert_parameter import is_expert_parameter
+from swinmoe.parallel.mesh import Mesh
+
+_UNITS = (SwinBlock, PatchMerging)
+"""What is gathered at once; the rest of a model is one unit more."""
+
+
+def shard_dense(model: nn.Module, mesh: Mesh) -> None:
+    """Cut the dense parameters of `model` over all ranks, in place, and let their gradients be summed.
+
+    Call it on a spread model whose dense parameters are equal on all ranks, before its optimiser is made: parameters
+    are new objects. Such a model cannot be copied: an average of it is cut by a call of its own. A collective call.
+
+    Raises:
+        ConfigError: a parameter that cannot be cut.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    experts = {p for p in model.parameters() if is_expert_parameter(p)}
+    dense = [(name, p) for name, p in model.named_parameters() if p not in experts]
+    scalar = next((name for name, p in dense if p.dim() == 0), None)
+    if scalar is not None:
+        raise ConfigError(
+            f"parallel.shard_dense cuts parameters by rows, and {scalar!r} has none; give it the shape (1,), or set "
+            "parallel.shard_dense=false"
+        )
+    ranks = init_device_mesh(dense[0][1].device.type, (mesh.world,))
+    with naming("cutting dense parameters over all ranks", amid_other_work=True):
+        for module in [*(m for m in model.modules() if isinstance(m, _UNITS)), model]:
+            # The last gathered unit is given back too: between steps, parameters are what the optimiser knows.
+            fully_shard(module, mesh=ranks, reshard_after_forward=True, ignored_params=experts)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Losses are local sums over global counts: gradients are summed. FSDP2 would take their mean.
+            module.set_gradient_divide_factor(1.0)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """True after `shard_dense`."""
+    return type(model).__name__.startswith("FSDP") and hasattr(model, "set_requires_gradient_sync")
+
+
+@contextmanager
+def only_accumulating(model: nn.Module) -> Iterator[None]:
+    """Within it gradients stay, whole, on the rank that has them: for all micro-batches of a step but the last."""
+    model.set_requires_gradient_sync(False)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)  # type: ignore[operator]
