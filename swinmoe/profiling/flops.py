@@ -72,9 +72,10 @@ def layer_flops(
     carried = 0
     if masks and slots is not None:
         top_k = rows.routed // tokens if tokens else 0
+        made = top_k if top_k > 1 else 0  # with one choice a mask is an elementwise product
         whole = 2 * tokens * experts * slots
         # Making a mask, applying it: out and back. Backward: rows' and tokens' gradients, and of the gates' mask too.
-        carried = 2 * whole * (top_k + dim) + (whole * (3 * dim + top_k) if backward else 0)
+        carried = 2 * whole * (made + dim) + (whole * (3 * dim + made) if backward else 0)
     return LayerFlops(
         model=passes * (router + mlp_flops(rows.kept, dim, hidden)),
         hardware=passes * (router + mlp_flops(rows.computed, dim, hidden)) + carried,

@@ -28,8 +28,8 @@ capacity_need (the largest since the line before) and capacity_beyond (passes th
 Non-finite numbers are written as null.
 
 A `measurement` is one way of doing something, timed in turns with others (`swinmoe.profiling`). Where something does
-not apply or was not measured, its key is null or missing. Times are milliseconds of the slowest rank; counts and FLOPs are
-over all ranks, bytes those of one (the mean, for memory the one with the highest peak).
+not apply or was not measured, its key is null or missing. Times are milliseconds of the slowest rank; counts and FLOPs
+are over all ranks, bytes those of one (the mean, for memory the one with the highest peak).
 
 - what, name (unique in the file), variant (flat: dispatcher (`dense` for a baseline), num_experts, top_k, capacity,
   ep_size, world, chunks, exchange, skew, ...), baseline (the name of the measurement to compare with)
