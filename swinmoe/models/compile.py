@@ -1,0 +1,75 @@
+"""`torch.compile`, block by block.
+
+A Swin's blocks differ from each other by stage and by shift only, and weights are inputs of a graph: compiled one by
+one they share one graph for each stage and shift, where a whole model compiled at once is as many times the work as it
+has blocks. Names of parameters stay what they are, and copies of a model (a moving average) run as they did before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch._dynamo as dynamo
+from torch import nn
+
+from swinmoe.models.block import SwinBlock
+from swinmoe.moe import MoEMlp
+from swinmoe.moe.execution import LocalExecution
+
+GRAPHS = 64
+"""Graphs that one block's code may have: stages times shifts, in training and evaluation, for several image sizes."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Module names: what became one graph each, and what could not, and why."""
+
+    whole: tuple[str, ...]
+    """Blocks."""
+    attention_only: dict[str, str]
+    """Blocks of which the attention was compiled -> why not the rest."""
+
+
+def compile_blocks(
+    model: nn.Module, *, backend: str | Callable[..., Any] = "inductor", options: dict[str, Any] | None = None
+) -> Compiled:
+    """Compile every Swin block of `model`, in place; nothing happens until the blocks are called.
+
+    A block with experts is one graph where its layout is static: the dispatchers `padded` and `gshard`, with a fixed
+    capacity, on one process. Of other blocks with experts the attention is compiled and the rest runs as before: sizes
+    that depend on the routing would break the graph. Recomputed activations are compiled inside their regions.
+
+    Args:
+        model: after experts were spread, before it is wrapped for data parallelism.
+        backend, options: of `torch.compile`.
+    """
+    how: dict[str, Any] = {"backend": backend, "options": options, "dynamic": False, "fullgraph": True}
+    # All blocks are one piece of code to dynamo, which stops at 8 graphs of it.
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, GRAPHS)
+    whole: list[str] = []
+    parts: dict[str, str] = {}
+    for name, block in model.named_modules():
+        if not isinstance(block, SwinBlock):
+            continue
+        reason = _changes_size(block.mlp) if isinstance(block.mlp, MoEMlp) else None
+        if reason is None:
+            block.compile(**how)
+            whole.append(name)
+        else:
+            block.attn.compile(**how)
+            parts[name] = reason
+    return Compiled(tuple(whole), parts)
+
+
+def _changes_size(layer: MoEMlp) -> str | None:
+    """Why this layer is no one graph; None if it is."""
+    if not isinstance(layer.execution, LocalExecution):
+        return "its experts are spread over processes"
+    if layer.cfg.dispatcher not in ("padded", "gshard"):
+        return f"dispatcher={layer.cfg.dispatcher}; padded has static shapes"
+    policies = {layer.cfg.capacity.train.kind, layer.cfg.capacity.eval.kind}
+    if policies != {"fixed"}:
+        return f"capacity {' and '.join(sorted(policies))}; only kind=fixed is known in advance"
+    return None

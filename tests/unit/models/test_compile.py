@@ -1,0 +1,134 @@
+"""Blocks compiled one by one: one graph for each stage and shift, no breaks, the same numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
+
+from swinmoe.config import BalanceLossConfig, CapacityConfig, CapacityPolicy, ModelConfig, MoEConfig, RouterConfig
+from swinmoe.models import SwinTransformer, build_model, compile_blocks
+
+# Dynamo looks at `.grad` of every input, also of a map that comes from the block before.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
+FIXED = CapacityPolicy(kind="fixed", factor=0.75)
+PADDED = MoEConfig(
+    num_experts=4,
+    top_k=2,
+    dispatcher="padded",
+    capacity=CapacityConfig(train=FIXED, eval=FIXED),
+    router=RouterConfig(noise=1.0, batch_prioritized=True),
+    losses=BalanceLossConfig(importance_load=0.1),
+)
+IMAGES = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def model_of(style: str, **over: Any) -> SwinTransformer:
+    cfg = ModelConfig(
+        style=style,
+        img_size=(16, 16),
+        patch_size=(2, 2),
+        embed_dim=8,
+        depths=(4, 2),
+        num_heads=(1, 2),
+        window_size=(4, 4),
+        num_classes=3,
+        res_post_norm_init=0.5,
+        drop_path_rate=0.3,
+        **over,
+    )
+    return build_model(cfg, dtype=torch.float64).train()
+
+
+class Counting:
+    """A backend that counts the graphs it is given."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
+        self.graphs += 1
+        return lookup_backend("aot_eager")(graph, inputs)
+
+
+def outcome(model: SwinTransformer) -> list[Tensor]:
+    """Logits, losses and all gradients of a training step; draws restarted."""
+    torch.manual_seed(5)
+    for layer in model.moe_layers().values():
+        layer.seed_noise(7)
+    model.zero_grad()
+    out = model(IMAGES)
+    (out.logits.square().sum() + out.aux_loss).backward()
+    return [out.logits.detach(), out.aux_loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("style", ["v1", "v2"])
+def test_dense_blocks_share_a_graph_for_each_stage_and_shift(style: str) -> None:
+    model, backend = model_of(style), Counting()
+    expected = outcome(model)
+    done = compile_blocks(model, backend=backend)
+    assert len(done.whole) == 6 and not done.attention_only
+    torch.testing.assert_close(outcome(model), expected, rtol=1e-10, atol=1e-12)
+    # Stage 0 is shifted in every second block; stage 1's one window covers its map, so that no block is.
+    assert backend.graphs == 3
+    outcome(model)
+    assert backend.graphs == 3
+
+
+@pytest.mark.parametrize("dispatcher", ["padded", "gshard"])
+def test_blocks_with_padded_experts_are_one_graph_too(dispatcher: str) -> None:
+    moe = replace(PADDED, dispatcher=dispatcher)
+    model, backend = model_of("v2", moe=moe, moe_blocks=((1, 3), (1,))), Counting()
+    expected = outcome(model)
+    assert len(compile_blocks(model, backend=backend).whole) == 6
+    torch.testing.assert_close(outcome(model), expected, rtol=1e-10, atol=1e-12)
+    assert backend.graphs == 4  # dense and sparse blocks differ; stage 0's shifted ones are all sparse
+
+
+def test_recomputed_blocks_are_compiled_inside() -> None:
+    model, backend = model_of("v2", grad_checkpointing=True), Counting()
+    expected = outcome(model)
+    compile_blocks(model, backend=backend)
+    torch.testing.assert_close(outcome(model), expected, rtol=1e-10, atol=1e-12)
+    assert backend.graphs == 3
+
+
+def test_of_ragged_experts_the_attention_is_compiled() -> None:
+    moe = replace(PADDED, dispatcher="ragged")
+    model, backend = model_of("v2", moe=moe, moe_blocks=((1, 3), (1,))), Counting()
+    expected = outcome(model)
+    done = compile_blocks(model, backend=backend)
+    assert list(done.attention_only) == ["layers.0.blocks.1", "layers.0.blocks.3", "layers.1.blocks.1"]
+    assert "padded" in done.attention_only["layers.0.blocks.1"]
+    torch.testing.assert_close(outcome(model), expected, rtol=1e-10, atol=1e-12)
+    assert backend.graphs == 4
+
+
+@pytest.mark.parametrize("kind", ["bounded", "dropless"])
+def test_a_capacity_that_follows_the_data_is_named(kind: Any) -> None:
+    capacity = CapacityConfig(train=CapacityPolicy(kind=kind), eval=FIXED)
+    model = model_of("v2", moe=replace(PADDED, capacity=capacity), moe_blocks=((1,), ()))
+    assert kind in compile_blocks(model, backend="eager").attention_only["layers.0.blocks.1"]
+
+
+def test_a_moving_average_is_a_copy_that_runs_as_before() -> None:
+    model, backend = model_of("v1"), Counting()
+    compile_blocks(model, backend=backend)
+    twin = copy.deepcopy(model).eval()
+    twin(IMAGES)
+    assert backend.graphs == 0
+    assert list(twin.state_dict()) == list(model.state_dict()) == list(model_of("v1").state_dict())
