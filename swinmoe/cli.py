@@ -429,6 +429,46 @@ def profile_model(
     command.run_model(config, overrides or [], vary or [], plain=plain, out=out, trace=trace)
 
 
+tune_app = typer.Typer(help="Find settings by measuring, and check them.", no_args_is_help=True)
+app.add_typer(tune_app, name="tune")
+
+
+@tune_app.command("capacity")
+def tune_capacity(
+    ckpt: Trained,
+    rest: Rest = None,
+    max_drop: Annotated[
+        float | None, typer.Option("--max-drop", help="The share of its choices that a layer may drop, e.g. 0.01.")
+    ] = None,
+    within: Annotated[
+        float | None, typer.Option("--within", help="Or: the fastest within so many points of accuracy, e.g. 0.5.")
+    ] = None,
+    mode: Annotated[str, typer.Option("--mode", help="Whose capacity: train, eval or both.")] = "both",
+    images: Annotated[int, typer.Option("--images", help="Images of each mode; half to choose, half to check.")] = 2048,
+    processes: Annotated[
+        int, typer.Option("--processes", help="That will share a batch: capacity is counted for each.")
+    ] = 1,
+    factors: Annotated[
+        str | None, typer.Option("--factors", help="Of the curves, and the most that is recommended.")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", help="Of every timing.")] = 7,
+    out: Out = None,
+    weights: Weights = "auto",
+) -> None:
+    """A capacity factor for every expert layer, from data: measured, recommended and checked. Exit status 1: not met."""
+    from swinmoe.commands import tune as command
+
+    options = command.CapacityOptions(
+        asked=command.parse_asked(max_drop, within),
+        mode=mode,
+        images=images,
+        processes=processes,
+        factors=command.parse_grid(factors),
+        rounds=rounds,
+    )
+    raise typer.Exit(command.run_capacity(ckpt, rest or [], options, which=weights, out=out))
+
+
 verify_app = typer.Typer(help="Prove that results do not depend on how they were computed.", no_args_is_help=True)
 app.add_typer(verify_app, name="verify")
 

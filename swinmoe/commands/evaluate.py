@@ -59,8 +59,8 @@ def run(checkpoint: Path, rest: list[str], *, which: Which, capacity: str | None
         )
 
 
-def parse_factors(text: str) -> list[Factor]:
-    """`"0.5,1.0,dropless"` -> factors; `ConfigError` for anything else."""
+def parse_factors(text: str, option: str = "--capacity") -> list[Factor]:
+    """`"0.5,1.0,dropless"` -> factors; `ConfigError`, naming the option, for anything else."""
     factors: list[Factor] = []
     for word in (part.strip() for part in text.split(",")):
         if word == "dropless":
@@ -72,7 +72,7 @@ def parse_factors(text: str) -> list[Factor]:
             number = -1.0
         if not 0 < number < float("inf"):
             raise ConfigError(
-                f"--capacity {text!r}: {word!r} is neither a factor above 0 nor 'dropless'; e.g. 0.5,1,1.25"
+                f"{option} {text!r}: {word!r} is neither a factor above 0 nor 'dropless'; e.g. 0.5,1,1.25"
             )
         factors.append(number)
     return factors

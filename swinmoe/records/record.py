@@ -45,6 +45,14 @@ are over all ranks, bytes those of one (the mean, for memory the one with the hi
   utilisation {model, hardware}: FLOPs over ranks, time and that rate
 - bytes_sent: to other ranks, of one step; bandwidth: bytes per second of the exchange alone; ranks: of its group
 - memory {dense, experts, optimizer, dispatch, activations, peak}: bytes, see `swinmoe.profiling.memory`
+- of what=capacity: factors (layer -> factor, null for dropless), images, batches, accuracy, drop_fraction, drops (by
+  layer); variant {mode (`train` or `eval`), capacity, batch_prioritized}
+
+`swinmoe tune` writes besides
+
+- `drop_curve`: mode, layer, factors, drops: the share of choices that each factor drops of a dropless pass's loads
+- `recommendation`, capacity: mode, asked, factors, batch_prioritized, separate (checked on other images than chosen on),
+  chosen, checked, dropless (as a measurement's), ms {recommended, dropless, now}, failures (what was not kept)
 """
 
 from __future__ import annotations
@@ -59,7 +67,7 @@ from typing import Any
 from swinmoe.errors import CheckpointError
 
 RECORD_KINDS = ("run", "arm", "load", "step", "capacity", "eval", "samples", "class_expert", "final")
-RECORD_KINDS += ("superseded", "note", "profile", "measurement")
+RECORD_KINDS += ("superseded", "note", "profile", "measurement", "drop_curve", "recommendation")
 Line = dict[str, Any]
 
 

@@ -1,0 +1,206 @@
+"""`swinmoe tune`: capacity factors from data, and how tokens travel from measurements."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.status import Status
+from rich.table import Column, Table
+
+from swinmoe.commands.evaluate import parse_factors
+from swinmoe.data import build_data
+from swinmoe.errors import ConfigError
+from swinmoe.profiling.tune.capacity import FACTORS, Tell, Tuning, label, tune_capacity
+from swinmoe.profiling.tune.choose import Asked, Point, points_lost
+from swinmoe.profiling.tune.loads import drop_fraction
+from swinmoe.profiling.tune.passes import Factor, Mode, Workbench, at_factor, batches_for
+from swinmoe.profiling.tune.written import as_yaml, layer_policies, tuned_config, write_records
+from swinmoe.records import RunRecord, read_records
+from swinmoe.report.tune_figure import capacity_curves
+from swinmoe.runtime import describe_environment
+from swinmoe.train.opened import Opened, open_model
+from swinmoe.train.pretrained import Which
+from swinmoe.train.session import check_data_fits
+
+MODES: dict[str, tuple[Mode, ...]] = {"both": ("train", "eval"), "train": ("train",), "eval": ("eval",)}
+_TITLES = {"train": "training", "eval": "evaluation"}
+
+
+@dataclass(frozen=True)
+class CapacityOptions:
+    """Of `swinmoe tune capacity`."""
+
+    asked: Asked
+    mode: str = "both"
+    images: int = 2048
+    processes: int = 1
+    factors: tuple[Factor, ...] = FACTORS
+    rounds: int = 7
+
+    def __post_init__(self) -> None:
+        for name in ("images", "processes", "rounds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.mode not in MODES:
+            raise ConfigError(f"--mode {self.mode}: use one of {', '.join(MODES)}")
+
+
+def parse_asked(max_drop: float | None, within: float | None) -> Asked:
+    """The constraint of the command line; `ConfigError` unless exactly one is given and means something."""
+    if (max_drop is None) == (within is None):
+        raise ConfigError(
+            "say what capacity is to keep: --max-drop 0.01 (of every layer's choices) or --within 0.5 (points of "
+            "accuracy below dropless); one of them"
+        )
+    if max_drop is not None and not 0 <= max_drop < 1:
+        raise ConfigError(f"--max-drop {max_drop} must be in [0, 1): a share of the choices, e.g. 0.01")
+    if within is not None and not 0 <= within < 100:
+        raise ConfigError(f"--within {within} must be in [0, 100): points of accuracy, e.g. 0.5")
+    return Asked(max_drop, within)
+
+
+def parse_grid(text: str | None) -> tuple[Factor, ...]:
+    """Factors to try; dropless as None."""
+    if text is None:
+        return FACTORS
+    return tuple(None if factor == "dropless" else factor for factor in parse_factors(text, "--factors"))
+
+
+def run_capacity(checkpoint: Path, rest: list[str], options: CapacityOptions, *, which: Which, out: Path | None) -> int:
+    """Tune, show, write to the folder `out`; the exit status: 0 verified, 1 not.
+
+    Raises:
+        SwinMoEError: see `open_model`; or the model is dense, or `out` holds records.
+    """
+    if out is not None and (out / "records.jsonl").exists():
+        raise ConfigError(f"{str(out)!r} holds records already; give another --out, or remove it")
+    opened = open_model(checkpoint, rest, which)
+    if not opened.model.moe_layers():
+        raise ConfigError("tune capacity needs a sparse model, and this one is dense")
+    bundle = build_data(opened.run.data, seed=opened.run.seed)
+    check_data_fits(opened.run, bundle)
+    told = Console(stderr=True, highlight=False)
+    found: list[tuple[Tuning, Workbench]] = []
+    with told.status("reading images") as status:
+        for mode in MODES[options.mode]:
+            batches = batches_for(opened.run, bundle, mode, options.images, options.processes)
+            tuning = tune_capacity(
+                opened,
+                mode,
+                batches,
+                options.asked,
+                factors=options.factors,
+                rounds=options.rounds,
+                tell=_teller(told, status),
+            )
+            found.append((tuning, Workbench(opened, mode, batches)))
+    console = Console(highlight=False)
+    for tuning, bench in found:
+        show(tuning, bench, console)
+    tunings = [tuning for tuning, _ in found]
+    if out is None:
+        console.print("\n# model.moe.capacity.layers", markup=False)
+        console.print(as_yaml(layer_policies(opened, tunings)), markup=False, soft_wrap=True)
+    else:
+        _write(out, checkpoint, opened, options, found)
+        told.print(f"written to {out}: tuned.yaml, records.jsonl and tune.png", markup=False, soft_wrap=True)
+    return int(any(tuning.verdict.failures for tuning in tunings))
+
+
+def show(tuning: Tuning, bench: Workbench, console: Console) -> None:
+    """The curves, the layers, and what the check found."""
+    console.print(f"\n{_TITLES[tuning.mode]}: {tuning.asked}", markup=False)
+    curves = Table("capacity", "choices dropped", "accuracy", "ms a step", "95 %")
+    for point in (*tuning.points, *tuning.layered):
+        curves.add_row(*_cells(point))
+    console.print(curves)
+    setting = tuning.verdict.setting
+    drops = ("dropped, chosen on", "dropped, checked on", "from dropless loads")
+    layers = Table(Column("layer", no_wrap=True), "factor", *drops)
+    for layer, factor in setting.factors.items():
+        predicted = drop_fraction(tuning.loads[layer], at_factor(bench.own[layer], factor))
+        found = (tuning.verdict.chosen.drops[layer], tuning.verdict.seen.drops[layer], predicted)
+        layers.add_row(layer, label(factor), *(f"{100 * drop:.2f} %" for drop in found))
+    console.print(layers)
+    for line in verdict_lines(tuning):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def verdict_lines(tuning: Tuning) -> list[str]:
+    """What the recommendation did on the batches for checking, and whether that is what was asked."""
+    verdict = tuning.verdict
+    seen, dropless, timings = verdict.seen, verdict.reference, verdict.timings
+    where = (
+        "other images"
+        if tuning.separate
+        else "of the same images (there is one batch: give more --images, or smaller batches)"
+    )
+    lines = [
+        f"checked on {len(seen.correct)} {where}: {100 * seen.drop_fraction:.2f} % dropped, accuracy "
+        f"{100 * seen.accuracy:.2f} % ({points_lost(seen, dropless):+.2f} points below dropless), "
+        f"{timings['recommended'].median:.1f} ms a step (dropless {timings['dropless'].median:.1f}, capacity as it is "
+        f"now {timings['now'].median:.1f})"
+    ]
+    if verdict.failures:
+        lines.append(f"NOT met: {'; '.join(verdict.failures)}. {_advice(tuning)}")
+    else:
+        lines.append(f"verified: {tuning.asked}")
+    return lines
+
+
+def _advice(tuning: Tuning) -> str:
+    if all(factor is not None for factor in (next(iter(p.setting.factors.values())) for p in tuning.points)):
+        return "Give larger --factors (dropless among them), or ask for less"
+    batches = len(next(iter(tuning.loads.values())))
+    return f"Give more --images or smaller batches (it was chosen on {batches}), or ask for less"
+
+
+def _cells(point: Point) -> tuple[str, ...]:
+    return (
+        point.name,
+        f"{100 * point.seen.drop_fraction:.2f} %",
+        f"{100 * point.seen.accuracy:.2f} %",
+        f"{point.timing.median:.1f}",
+        f"{point.timing.low:.1f} to {point.timing.high:.1f}",
+    )
+
+
+def _write(
+    out: Path,
+    checkpoint: Path,
+    opened: Opened,
+    options: CapacityOptions,
+    found: list[tuple[Tuning, Workbench]],
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    records = RunRecord(out / "records.jsonl")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    workload = {
+        "checkpoint": str(checkpoint),
+        "weights": opened.source.weights,
+        "images": options.images,
+        "processes": options.processes,
+        "rounds": options.rounds,
+        "device": str(opened.device),
+    }
+    command, environment = f"tune capacity {checkpoint}", describe_environment()
+    records.write("profile", what="capacity", command=command, workload=workload, environment=environment, time=now)
+    tunings = [tuning for tuning, _ in found]
+    for tuning, bench in found:
+        write_records(records, tuning, bench.own)
+    comment = [f"Made by swinmoe tune capacity {checkpoint}, {now}."]
+    for tuning in tunings:
+        comment += [f"{_TITLES[tuning.mode]}: {line}" for line in verdict_lines(tuning)]
+    (out / "tuned.yaml").write_text(as_yaml(tuned_config(opened, tunings), comment), encoding="utf-8")
+    (out / "tune.png").write_bytes(capacity_curves(read_records(out / "records.jsonl")))
+
+
+def _teller(console: Console, status: Status) -> Tell:
+    def tell(text: str) -> None:
+        if console.is_terminal:
+            status.update(text)
+
+    return tell
