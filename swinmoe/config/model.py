@@ -82,7 +82,12 @@ class ModelConfig:
     """A map smaller than the window: shrink the window (Microsoft), or pad the map (torchvision)."""
     mask_value: float | None = None
     """None: a boolean mask (nothing leaks). -100.0: the additive mask of the original code, for parity only."""
-    grad_checkpointing: bool = False
+    grad_checkpointing: bool | tuple[int, ...] = False
+    """Keep the inputs of blocks only and compute the rest again in the backward pass: everywhere, or in these stages,
+    counted from 0."""
+    attention_chunks: int | tuple[int, ...] = 1
+    """Sequential self-attention (V2 §3.4): windows are worked on in so many chunks, one after the other, and each is
+    computed again in the backward pass; one number, or one per stage; 1 = all at once."""
     moe: MoEConfig | None = None
     moe_blocks: tuple[tuple[int, ...], ...] = ()
     """Per stage, the blocks whose MLP becomes an expert layer when `moe` is set; e.g. ((), (), (1, 3, 5), (1,))."""
@@ -107,6 +112,7 @@ class ModelConfig:
             extra_norm_every=at_least(0, "use 0 for none"),
             res_post_norm_init=at_least(0),
             init_std=at_least(0, "use e.g. 0.02"),
+            attention_chunks=at_least(1, "use 1 for all windows at once"),
             mask_value=at_most(0, "use null to hide what is masked entirely"),
         )
         stages = len(self.depths)
@@ -131,6 +137,7 @@ class ModelConfig:
                 f"model.pretrained_window_sizes={self.pretrained_window_sizes} must name one window for each of the "
                 f"{stages} stages, or be null"
             )
+        self._check_memory_tactics(stages)
         if self.moe is not None and not any(self.moe_blocks):
             raise ConfigError(
                 "model.moe is set but model.moe_blocks places no expert layer; e.g. [[], [], [1, 3, 5], [1]]"
@@ -152,6 +159,35 @@ class ModelConfig:
                         f"model.moe.capacity.layers names {name!r}, which is no expert layer of this model"
                         f"{did_you_mean(name, known)}; its layers are {', '.join(known)}"
                     )
+
+    def _check_memory_tactics(self, stages: int) -> None:
+        recomputed = self.grad_checkpointing
+        if not isinstance(recomputed, bool) and any(not 0 <= stage < stages for stage in recomputed):
+            raise ConfigError(
+                f"model.grad_checkpointing={list(recomputed)} names a stage that is not there; use true, false, or "
+                f"stages among {list(range(stages))}"
+            )
+        chunks = self.attention_chunks
+        if not isinstance(chunks, int) and len(chunks) != stages:
+            raise ConfigError(
+                f"model.attention_chunks={list(chunks)} names {len(chunks)} stages, depths {stages}; give one number "
+                "for all, or one per stage"
+            )
+
+    def recomputes(self, stage: int) -> bool:
+        """Whether the blocks of a stage keep their inputs only."""
+        recomputed = self.grad_checkpointing
+        return recomputed if isinstance(recomputed, bool) else stage in recomputed
+
+    @property
+    def recomputes_all(self) -> bool:
+        """Whether the blocks of all stages keep their inputs only."""
+        return all(self.recomputes(stage) for stage in range(len(self.depths)))
+
+    def chunks_of(self, stage: int) -> int:
+        """Chunks that the windows of a stage are worked on in."""
+        chunks = self.attention_chunks
+        return chunks if isinstance(chunks, int) else chunks[stage]
 
     def moe_layer_names(self) -> list[str]:
         """Names of the expert layers, in the order of the forward pass; none where `moe` is None."""

@@ -17,6 +17,7 @@ from swinmoe.config import StyleConfig
 from swinmoe.models.blocked_attention import blocked_attention
 from swinmoe.models.layers import linear
 from swinmoe.models.position import num_offsets, resize_table
+from swinmoe.models.sequential import attend_in_chunks
 from swinmoe.models.windows import WindowGrid
 
 Pair = tuple[int, int]
@@ -60,6 +61,7 @@ class WindowAttention(nn.Module):
         attn_drop: float = 0.0,
         drop: float = 0.0,
         mask_value: float | None = None,
+        chunks: int = 1,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -67,6 +69,7 @@ class WindowAttention(nn.Module):
         self.attn_drop = attn_drop
         self.drop = drop
         self.mask_value = mask_value
+        self.chunks = chunks
         cosine = style.similarity == "cosine"
         if cosine:
             self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
@@ -103,13 +106,22 @@ class WindowAttention(nn.Module):
             self.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
 
     def _attend(self, x: Tensor, tables: WindowTables) -> Tensor:
-        """Attention on a padded and shifted map. Windows are cut by the same copy that splits the heads."""
+        """Attention on a padded and shifted map."""
+        qkv = F.linear(x, self.qkv.weight, self._qkv_bias())
+        area = tables.grid.area
+        bias = self.position_bias(tables).view(self.num_heads, area, area)
+        if self.chunks == 1:
+            return self._attend_windows(qkv, bias, tables)
+        draws = self.attn_drop > 0 and self.training
+        return attend_in_chunks(self._attend_windows, self.chunks, qkv, bias, tables, draws=draws)
+
+    def _attend_windows(self, qkv: Tensor, bias: Tensor, tables: WindowTables) -> Tensor:
+        """(B, H, W, 3·D) and the position bias (h, N, N) -> (B, H, W, D). Windows are cut by the same copy that splits
+        the heads."""
         grid, heads = tables.grid, self.num_heads
         (rows, cols), (wh, ww) = grid.counts, grid.window
-        batch, dim = x.shape[0], x.shape[-1]
-        qkv = F.linear(x, self.qkv.weight, self._qkv_bias())
+        batch, dim = qkv.shape[0], qkv.shape[-1] // 3
         if self._blocked(qkv):
-            bias = self.position_bias(tables).view(heads, grid.area, grid.area)
             cosine = self.style.similarity == "cosine"
             return blocked_attention(qkv, bias, self._scale(1).view(-1) if cosine else None, tables.mask, grid)
         qkv = qkv.view(batch, rows, wh, cols, ww, 3, heads, dim // heads).permute(5, 0, 1, 3, 6, 2, 4, 7)
@@ -122,7 +134,7 @@ class WindowAttention(nn.Module):
             scale = 1.0
         else:
             scale = (dim // heads) ** -0.5
-        y = self._weigh(q, k, v, self._bias(tables), scale)
+        y = self._weigh(q, k, v, self._hide(bias, tables.mask), scale)
         y = y.view(batch, rows, cols, heads, wh, ww, dim // heads).permute(0, 1, 4, 2, 5, 3, 6)
         return y.reshape(batch, rows * wh, cols * ww, dim)
 
@@ -157,13 +169,11 @@ class WindowAttention(nn.Module):
         """exp(min(logit_scale, ln 100)) of each head, once for every window: (repeats·h, 1, 1)."""
         return self.logit_scale.clamp(max=_MAX_LOG_SCALE).exp().repeat(repeats, 1, 1)
 
-    def _bias(self, tables: WindowTables) -> Tensor:
-        """Position bias with the mask folded in: (h, N, N), or (n·h, N, N) where there is a mask."""
-        area = tables.grid.area
-        bias = self.position_bias(tables).view(-1, area, area)
-        if tables.mask is None:
+    def _hide(self, bias: Tensor, mask: Tensor | None) -> Tensor:
+        """Position bias (h, N, N) with the mask folded in: itself, or (n·h, N, N) where there is a mask."""
+        if mask is None:
             return bias
-        allowed = tables.mask[:, None]
+        allowed = mask[:, None]
         if self.mask_value is None:
             bias = bias.masked_fill(~allowed, float("-inf"))
         else:

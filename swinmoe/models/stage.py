@@ -64,7 +64,7 @@ class SwinStage(nn.Module):
         if stage < len(cfg.depths) - 1:
             norm_first = resolve_style(cfg.style).merge_norm == "before"
             self.downsample = PatchMerging(cfg.embed_dim * 2**stage, norm_first=norm_first)
-        self.grad_checkpointing = cfg.grad_checkpointing
+        self.grad_checkpointing = cfg.recomputes(stage)
         self.pad_keys = cfg.pad_keys
         self.small_map = cfg.small_map
         self.square = _is_square(cfg)
@@ -100,7 +100,7 @@ class SwinStage(nn.Module):
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         reports: dict[int, RoutingStats] = {}
         for i, (block, keep) in enumerate(zip(self._blocks(), keeps, strict=True)):
-            x, stats = block(x, tables[i % 2], keep, recompute, block.draw_noise(x))
+            x, stats = block(x, tables[i % 2], keep, recompute)
             if stats is not None:
                 reports[i] = stats
         return x, reports

@@ -6,6 +6,7 @@ Shapes: images (B, C, Y, X); maps (B, H, W, D) inside, (B, D, H, W) as features 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -229,11 +230,27 @@ class SwinTransformer(nn.Module):
         for stage in self._stages():
             stage.set_input_size(self.config, self.norm.weight.device, self.norm.weight.dtype)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only block inputs for the backward pass and recompute the rest."""
-        self.config = replace(self.config, grad_checkpointing=enable)
+    def set_grad_checkpointing(self, enable: bool | Sequence[int] = True) -> None:
+        """Keep only block inputs for the backward pass and recompute the rest: everywhere, nowhere, or in these stages.
+
+        Raises:
+            ConfigError: a stage that is not there.
+        """
+        self.config = replace(self.config, grad_checkpointing=enable if isinstance(enable, bool) else tuple(enable))
         for stage in self._stages():
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = self.config.recomputes(stage.stage)
+
+    def set_attention_chunks(self, chunks: int | Sequence[int] = 1) -> None:
+        """Work on windows in so many chunks, each recomputed in the backward pass: one number, or one per stage.
+
+        Raises:
+            ConfigError: a number below 1, or another number of stages than the model has.
+        """
+        self.config = replace(self.config, attention_chunks=chunks if isinstance(chunks, int) else tuple(chunks))
+        for stage in self._stages():
+            for module in stage.modules():
+                if isinstance(module, WindowAttention):
+                    module.chunks = self.config.chunks_of(stage.stage)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns by which timm groups parameters for layer-wise rates; merging belongs to the block before it."""

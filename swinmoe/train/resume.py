@@ -28,10 +28,11 @@ from swinmoe.train.job import Job
 MAY_DIFFER_ON_RESUME = (
     *("resume", "output_dir", "name", "log", "checkpoint", "parallel"),
     *("data.workers", "data.root", "data.index_dir", "data.download", "train.eval_batch_size"),
-    *("model.grad_checkpointing", "train.offload_activations"),
+    *("model.grad_checkpointing", "model.attention_chunks", "train.offload_activations"),
 )
-"""Config keys, and sections, that may change on the way. All but `parallel` leave every bit of training as it is; with
-another number of ranks the noise that ranks draw is another."""
+"""Config keys, and sections, that may change on the way. All but `parallel` and `model.attention_chunks`, which sums
+gradients in another order, leave every bit of training as it is; with another number of ranks the noise that ranks draw
+is another."""
 
 
 @dataclass(frozen=True)

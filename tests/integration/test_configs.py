@@ -175,6 +175,7 @@ NOWHERE = {
     "CompareConfig.output_dir": "as for a run",
     "CompareConfig.resume": "as for a run",
     "LogConfig.tensorboard": "needs an optional package",
+    "ModelConfig.attention_chunks": "for large windows on a GPU; test_sequential.py runs it",
     "DataConfig.root": "a place on the user's machine",
     "DataConfig.train_files": "archives on the user's machine",
     "DataConfig.eval_files": "as for training",

@@ -84,7 +84,7 @@ def plan_memory(
         tactics: None = none.
         averaged: a moving average of the weights is kept.
     """
-    tactics = tactics or Tactics(checkpointing=config.grad_checkpointing)
+    tactics = tactics or Tactics(checkpointing=config.recomputes_all)
     dense, experts, trained = params_here(config, spreads)
     trained_experts = max(0.0, trained - dense)
     ep = spreads[0].parallel.ep_size if spreads else 1

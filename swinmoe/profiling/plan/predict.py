@@ -128,7 +128,7 @@ def predict(run: RunConfig, scene: Scene) -> Prediction:
     """
     hardware, world, precision = scene.hardware, scene.world, run.train.precision
     images = images_per_micro_batch(run, world)
-    tactics = scene.tactics or Tactics(checkpointing=run.model.grad_checkpointing)
+    tactics = scene.tactics or Tactics(checkpointing=run.model.recomputes_all)
     spreads = spreads_of(run, scene, images)
     here = min(world, hardware.processes_per_node)
     forward, backward = dense_work(run, hardware, images)

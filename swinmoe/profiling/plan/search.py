@@ -105,7 +105,7 @@ def search(run: RunConfig, scene: Scene, batch: int | None = None) -> list[Optio
     Raises:
         ConfigError: the batch cannot be split over the ranks.
     """
-    found = _tried(run, scene, batch, run.train.accumulation, run.model.grad_checkpointing)
+    found = _tried(run, scene, batch, run.train.accumulation, run.model.recomputes_all)
     # Less memory for more time, only where it is needed
     if not any(option.prediction.fits for option in found):
         for accumulation, checkpointing in _thriftier(run, scene.world, batch):
@@ -140,7 +140,7 @@ def _thriftier(run: RunConfig, world: int, batch: int | None) -> Iterator[tuple[
     smaller = [n for n in divisors(images) if n > run.train.accumulation and n % run.train.accumulation == 0]
     for accumulation in smaller:
         if images // accumulation >= 8:
-            yield accumulation, run.model.grad_checkpointing
-    if not run.model.grad_checkpointing:
+            yield accumulation, run.model.recomputes_all
+    if not run.model.recomputes_all:
         for accumulation in (run.train.accumulation, *smaller):
             yield accumulation, True

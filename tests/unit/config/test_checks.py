@@ -85,6 +85,7 @@ NONSENSE: dict[str, list[Any]] = {
     "model.res_post_norm_init": [-1, NAN, INF],
     "model.init_std": [-0.1, NAN, INF],
     "model.mask_value": [100, NAN, -INF],
+    "model.attention_chunks": [0, -1, [1, 0]],
     "model.moe.num_experts": [0],
     "model.moe.top_k": [0],
     "model.moe.shared_expert_ratio": [-1, NAN],
@@ -110,8 +111,8 @@ NONSENSE: dict[str, list[Any]] = {
     "model.moe.experts.dropout": [-0.1, 1, NAN],
 }
 ANY_WHOLE_NUMBER = {"seed", "data.holdout_seed", "finetune.upcycle.seed"}
-PLACES = {"model.moe_blocks"}
-"""Checked against the depths, see test_validation.py."""
+PLACES = {"model.moe_blocks", "model.grad_checkpointing"}
+"""Checked against the depths, see test_validation.py and test_sequential.py."""
 
 
 def _tree(key: str, value: Any) -> dict[str, Any]:
