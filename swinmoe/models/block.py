@@ -57,22 +57,40 @@ class SwinBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim) if has_extra else None
 
     def forward(
-        self, x: Tensor, tables: WindowTables, keep: Tensor | None = None, recompute: bool = False
+        self,
+        x: Tensor,
+        tables: WindowTables,
+        keep: Tensor | None = None,
+        recompute: bool = False,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, RoutingStats | None]:
         """(B, H, W, D) -> the same, and what the expert layer reports (None without one).
 
         `keep` (2, B): factor of each image's attention and MLP branch, 0 or 1/(keep rate); None keeps all.
         `recompute`: activations inside the block are not kept but computed again in the backward pass.
+        `noise`: of the experts' gate, from `draw_noise`; None = drawn here where the config asks for it.
         """
         keep_attn, keep_mlp = (None, None) if keep is None else keep.unbind(0)
         if recompute:
-            return self._recomputed(x, tables, keep_attn, keep_mlp)
+            return self._recomputed(x, tables, keep_attn, keep_mlp, noise)
         x, h = self._attend(x, tables, keep_attn)
-        y, stats = self.mlp(h) if isinstance(self.mlp, MoEMlp) else (self.mlp(h), None)
+        y, stats = self.mlp(h, noise) if isinstance(self.mlp, MoEMlp) else (self.mlp(h), None)
         return self._close(x, y, keep_mlp), stats
 
+    def draw_noise(self, x: Tensor) -> Tensor | None:
+        """Gate noise for a map (B, H, W, D); None without experts, in evaluation, or where the config has none.
+
+        Apart from `forward`, because a graph of `torch.compile` has no generator of its own.
+        """
+        return self.mlp.draw_noise(x.shape[:-1].numel(), x.device) if isinstance(self.mlp, MoEMlp) else None
+
     def _recomputed(
-        self, x: Tensor, tables: WindowTables, keep_attn: Tensor | None, keep_mlp: Tensor | None
+        self,
+        x: Tensor,
+        tables: WindowTables,
+        keep_attn: Tensor | None,
+        keep_mlp: Tensor | None,
+        noise: Tensor | None,
     ) -> tuple[Tensor, RoutingStats | None]:
         """The same in regions that are recomputed. Routing lies between them: noise is drawn, statistics are counted
         and ranks tell each other their counts once."""
@@ -80,7 +98,9 @@ class SwinBlock(nn.Module):
             return checkpoint(self._dense, x, tables, keep_attn, keep_mlp, use_reentrant=False), None
         x, h = checkpoint(self._attend, x, tables, keep_attn, use_reentrant=False)
         tokens = h.flatten(0, 2)
-        *assigned, stats = self.mlp.assign(tokens, self.mlp.draw_noise(tokens.shape[0], tokens.device))
+        if noise is None:
+            noise = self.mlp.draw_noise(tokens.shape[0], tokens.device)
+        *assigned, stats = self.mlp.assign(tokens, noise)
         # To its end, though the last values saved for backward come before: no exchange may be left half done.
         with set_checkpoint_early_stop(False):
             y = checkpoint(self._carry, self.mlp, x, tokens, assigned, keep_mlp, use_reentrant=False)

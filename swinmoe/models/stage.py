@@ -100,7 +100,7 @@ class SwinStage(nn.Module):
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         reports: dict[int, RoutingStats] = {}
         for i, (block, keep) in enumerate(zip(self._blocks(), keeps, strict=True)):
-            x, stats = block(x, tables[i % 2], keep, recompute)
+            x, stats = block(x, tables[i % 2], keep, recompute, block.draw_noise(x))
             if stats is not None:
                 reports[i] = stats
         return x, reports
