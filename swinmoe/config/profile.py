@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from itertools import product
 from typing import Any, Literal
 
-from swinmoe.config.checks import above, at_least, check_folder_name, check_ranges
+from swinmoe.config.checks import at_least, check_folder_name, check_ranges
 from swinmoe.config.moe import CapacityConfig, CapacityPolicy, MoEConfig
 from swinmoe.config.run import ParallelConfig
 from swinmoe.errors import ConfigError
@@ -187,8 +187,6 @@ def _check_profile(config: LayerSweepConfig | ModelSweepConfig) -> None:
         "profile",
         rounds=at_least(1, "six or more give a 95 % interval"),
         threads=at_least(1, "use null to leave them as they are"),
-        skew=at_least(0),
-        tokens=above(0),
     )
 
 

@@ -66,7 +66,7 @@ from typing import Any
 
 from swinmoe.errors import CheckpointError
 
-RECORD_KINDS = ("run", "arm", "load", "step", "capacity", "eval", "samples", "class_expert", "final")
+RECORD_KINDS: tuple[str, ...] = ("run", "arm", "load", "step", "capacity", "eval", "samples", "class_expert", "final")
 RECORD_KINDS += ("superseded", "note", "profile", "measurement", "drop_curve", "recommendation")
 Line = dict[str, Any]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
+from swinmoe.cli import main
+from swinmoe.commands.profile import runs_of as runs_of_sweep
 from swinmoe.compare import compare, resolve_arms
 from swinmoe.config import CompareConfig, RunConfig, resolve_style
 from swinmoe.config.io import build, dump, load, merge, read_yaml
+from swinmoe.config.profile import LayerSweepConfig, ModelSweepConfig, listed
 from swinmoe.config.shrink import shrink, shrink_comparison
 from swinmoe.models.build import build_model
 from swinmoe.models.counts import count
@@ -27,6 +31,8 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").
 COMPARISONS = [file for file in FILES if file.startswith("configs/compare/")]
 DEBUG = [file for file in FILES if file.startswith("configs/debug/")]
 FINETUNE = [file for file in FILES if file.startswith("configs/finetune/")]
+PROFILES = [file for file in FILES if file.startswith("configs/profile/")]
+RUNS = [file for file in FILES if file not in PROFILES]
 
 
 LESS_WORK = ("log.every_steps=4", "log.peak_flops=1e11", "train.eval_every_epochs=null")
@@ -82,6 +88,8 @@ def test_there_are_configs():
 def test_its_header_says_command_cost_and_expected_result(file):
     text = header(file)
     command = {"compare": "compare", "finetune": "finetune"}.get(file.split("/")[1], "train")
+    if file in PROFILES:
+        command = f"profile {read_yaml(ROOT / file)['what']}"
     assert re.search(rf"^Command: .*\b{command} {file}\b", text, re.MULTILINE)
     assert re.search(r"^Cost: \S", text, re.MULTILINE)
     assert re.search(r"^Expected: \S", text, re.MULTILINE)
@@ -92,7 +100,7 @@ def test_run_names_are_unique():
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", RUNS)
 def test_it_resolves_and_builds(file):
     for run in runs_of(file).values():
         assert build(RunConfig, read_back(run)) == run
@@ -169,6 +177,34 @@ def test_a_comparison_ends_with_a_report(file, tmp_path):
         assert [line["arm"] for line in lines if line["kind"] == "final"].count(arm) == len(config.seeds)
 
 
+@pytest.mark.parametrize("file", PROFILES)
+def test_a_profile_sweeps_over_what_can_be(file):
+    tree = read_yaml(ROOT / file)
+    if tree["what"] == "layer":
+        workloads, _ = build(LayerSweepConfig, listed(tree)).workloads()
+        assert len(workloads) > 1
+    elif tree["what"] == "model":
+        for run in runs_of_sweep(build(ModelSweepConfig, tree), []).values():
+            assert build_model(run.model, device="meta").moe_layers()
+
+
+@pytest.mark.parametrize("what", ["layer", "model"])
+def test_a_debug_profile_leaves_records(what, tmp_path, monkeypatch):
+    """Through the command itself; the header names what comes out."""
+    file = f"configs/profile/debug_{what}.yaml"
+    monkeypatch.setattr(
+        sys, "argv", ["swinmoe", "profile", what, str(ROOT / file), "--rounds", "2", "--out", str(tmp_path)]
+    )
+    monkeypatch.chdir(ROOT)  # the model's sweep names a run's file
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 0
+    lines = read_records(tmp_path / "records.jsonl")
+    dense = [line for line in lines[1:] if line["variant"]["dispatcher"] == "dense"]
+    assert lines[0]["kind"] == "profile" and lines[0]["what"] == what
+    assert (len(dense), len(lines)) == {"layer": (1, 6), "model": (2, 5)}[what]
+
+
 NOWHERE = {
     "RunConfig.output_dir": "the user's choice, set on the command line",
     "RunConfig.resume": "a decision of the moment",
@@ -221,7 +257,7 @@ def settings(config: Any) -> Iterator[tuple[str, bool]]:
 def test_every_option_is_used_by_some_config():
     """An option that no shipped file sets is one that nobody has ever run."""
     used: dict[str, bool] = {}
-    for file in FILES:
+    for file in RUNS:
         comparison = [load(CompareConfig, ROOT / file)] if file in COMPARISONS else []
         for config in (*comparison, *runs_of(file).values()):
             for name, differs in settings(config):

@@ -1,0 +1,129 @@
+"""Profiles of whole models: phases of attention and MLPs both ways, the twin, rows and FLOPs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from micro import MICRO
+from torch.utils.flop_counter import FlopCounterMode
+
+from swinmoe.config import RunConfig
+from swinmoe.config.io import build, merge
+from swinmoe.errors import ConfigError
+from swinmoe.models import build_model
+from swinmoe.models.counts import count
+from swinmoe.moe import phases
+from swinmoe.parallel import Mesh, make_mesh
+from swinmoe.profiling.flops import Rows
+from swinmoe.profiling.model import count_rows, marks, model_flops, profile_model, random_batches, without_experts
+
+SMALL: dict[str, Any] = {
+    "model": {**MICRO, "moe": {"num_experts": 4, "top_k": 1}},
+    "data": {"name": "digits"},
+    "train": {"batch_size": 6, "steps": 1},
+}
+
+
+def small(**changes: Any) -> RunConfig:
+    return build(RunConfig, merge(SMALL, changes))
+
+
+class _Crossings:
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, str]] = []
+
+    def crossed(self, direction: str, phase: str) -> None:
+        self.heard.append((direction, phase))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_marks_tell_attention_and_mlps_apart_and_change_no_bit(checkpointing: bool) -> None:
+    run = small(model={"grad_checkpointing": checkpointing, "drop_path_rate": 0.0})
+    model = build_model(run.model)
+    images = torch.randn(2, run.model.in_chans, *run.model.img_size)
+
+    def step() -> list[torch.Tensor]:
+        model.zero_grad()
+        output = model(images)
+        phases.turn(phases.BACKWARD)
+        (output.logits.square().sum() + output.aux_loss).backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    plain, listener = step(), _Crossings()
+    with marks(model), phases.listen(listener):
+        watched = step()
+    assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+    blocks, layers = sum(run.model.depths), len(model.moe_layers())
+    forward = [phase for direction, phase in listener.heard if direction == "forward"]
+    backward = [phase for direction, phase in listener.heard if direction == "backward"]
+    assert (forward.count("attention"), forward.count("mlp"), forward.count("experts")) == (
+        blocks,
+        blocks - layers,
+        layers,
+    )
+    assert backward.count("attention") >= blocks and backward.count("experts") >= layers
+    assert backward[-1] == "other"
+    listener.heard.clear()
+    with phases.listen(listener):
+        step()
+    assert "attention" not in {phase for _, phase in listener.heard}, "marks are gone"
+
+
+def test_a_training_profile(tmp_path: Any) -> None:
+    run = small(model={"moe": {"capacity": {"train": {"kind": "fixed", "factor": 1.0}}}})
+    dense, sparse = profile_model({"small": run}, rounds=2, trace=tmp_path / "trace.json")
+    assert (dense["name"], sparse["name"], sparse["baseline"]) == ("small: dense twin", "small", "small: dense twin")
+    assert (dense["rows"], dense["baseline"], dense["memory"]["experts"]) == (None, None, 0)
+    assert set(sparse["phases"]) == {"forward", "backward", "update"}
+    assert sparse["phases"]["update"]["optimizer"] > 0 and sparse["phases"]["forward"]["attention"] > 0
+    assert dense["phases"]["backward"]["experts"] == 0 < dense["phases"]["backward"]["mlp"]
+    assert sparse["ms"]["images_per_second"] == pytest.approx(6000 / sparse["ms"]["median"])
+    assert sparse["memory"]["optimizer"] > sparse["memory"]["experts"] > 0
+    assert sparse["flops"]["model"] <= sparse["flops"]["dense_equivalent"] == count(run.model).step_flops(6)
+    assert (tmp_path / "trace.json").stat().st_size > 0
+
+
+def test_an_inference_profile() -> None:
+    dense, sparse = profile_model({"small": small()}, rounds=2, backward=False)
+    assert set(sparse["phases"]) == {"forward"} and sparse["memory"]["optimizer"] == 0
+    assert (
+        dense["flops"]["model"]
+        == 6 * count(without_experts(small()).model).flops - 5 * count(without_experts(small()).model).batch_flops
+    )
+    assert sparse["balanced_ms"] > 0
+
+
+def test_a_dense_run_has_no_twin() -> None:
+    (line,) = profile_model({"dense": without_experts(small())}, rounds=2)
+    assert line["variant"]["dispatcher"] == "dense" and line["exposed_ms"] is None
+
+
+@pytest.mark.parametrize("dispatcher", ["ragged", "padded"])
+@pytest.mark.parametrize("kind", ["dropless", "fixed"])
+def test_hardware_flops_are_what_the_counter_sees(dispatcher: str, kind: str) -> None:
+    run = small(model={"moe": {"dispatcher": dispatcher, "capacity": {"eval": {"kind": kind, "factor": 1.25}}}})
+    model = build_model(run.model).eval()
+    model.set_attention_impl("explicit")
+    images = torch.randn(6, run.model.in_chans, *run.model.img_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        output = model(images)
+    rows = count_rows(model.moe_layers(), output.routing, make_mesh(run.parallel), training=False)
+    flops = model_flops(count(run.model), rows, run, backward=False)
+    assert flops["hardware"] == pytest.approx(counter.get_total_flops(), abs=1)
+    assert (rows.computed > rows.kept) == (dispatcher == "padded")
+
+
+def test_recomputation_costs_hardware_and_not_the_model() -> None:
+    rows, plain = Rows(10, 10, 10), small()
+    again = small(model={"grad_checkpointing": True})
+    found = [model_flops(count(run.model), rows, run, backward=True) for run in (plain, again)]
+    assert found[0]["model"] == found[1]["model"] and found[0]["hardware"] < found[1]["hardware"]
+
+
+def test_every_rank_has_its_share_of_the_batch() -> None:
+    sizes = [[len(b) for b in random_batches(small(), Mesh(rank=rank, world=4))] for rank in range(4)]
+    assert sizes == [[1], [2], [1], [2]]
+    with pytest.raises(ConfigError, match="gives some of the 4 processes no image; use at least 12"):
+        random_batches(small(train={"accumulation": 3}), Mesh(rank=0, world=4))

@@ -1,0 +1,97 @@
+"""Sweeps: all combinations that can be, and errors that say why others cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from swinmoe.commands.profile import runs_of, several
+from swinmoe.config.io import build
+from swinmoe.config.profile import LayerSweepConfig, LayerWorkload, ModelSweepConfig, listed
+from swinmoe.errors import ConfigError
+from swinmoe.profiling.layer import _names
+
+
+def test_every_combination_once() -> None:
+    config = build(LayerSweepConfig, listed({"experts": [4, 8], "capacity": [1, "fixed 1.0", "dropless"], "top_k": 2}))
+    workloads, refused = config.workloads()
+    assert not refused
+    assert [(w.experts, w.capacity) for w in workloads] == [
+        (4, "fixed 1"),
+        (4, "dropless"),
+        (8, "fixed 1"),
+        (8, "dropless"),
+    ]
+
+
+def test_what_cannot_be_is_left_out_and_named() -> None:
+    config = LayerSweepConfig(ep_size=(1, 2, 3), chunks=(1, 2))
+    workloads, refused = config.workloads()
+    assert [(w.ep_size, w.chunks) for w in workloads] == [(1, 1), (2, 1), (2, 2)]
+    assert len(refused) == 2
+    assert any("chunks=2 has no meaning" in text for text in refused)
+    assert any("ep_size=3 does not divide experts=8" in text for text in refused)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [("dropless", "dropless"), ("1.25", "fixed 1.25"), ("fixed 1.0", "fixed 1"), ("bounded:2", "bounded 2")],
+)
+def test_capacities_have_one_name(given: str, named: str) -> None:
+    workload = LayerWorkload(capacity=given)
+    assert workload.capacity == named
+    assert (f"{workload.policy().kind} {workload.policy().factor:g}" if named != "dropless" else "dropless") == named
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts": 0}, "num_experts=0"),
+        ({"tokens": 0}, "profile.tokens=0 must be at least 1"),
+        ({"capacity": "full"}, "capacity 'full' is not possible; use dropless"),
+        ({"capacity": "fixed -1"}, "capacity 'fixed -1'"),
+        ({"skew": -1}, "profile.skew=-1.0 must be at least 0"),
+        ({"skew": "zipf"}, "skew"),
+        ({"top_k": 9}, "moe.top_k=9"),
+        ({"rounds": 0}, "profile.rounds=0"),
+        ({"threads": 0}, "profile.threads=0"),
+        ({"experts": []}, "profile.experts is an empty list"),
+        ({"name": "a/b"}, "not a plain folder name"),
+        ({"expert": 8}, "unknown config key 'expert'; did you mean 'experts'"),
+    ],
+)
+def test_nonsense_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        build(LayerSweepConfig, listed(changes)).workloads()
+
+
+def test_names_say_what_differs() -> None:
+    two = [LayerWorkload(chunks=chunks, ep_size=2, tokens=64) for chunks in (1, 2)]
+    assert list(_names(two).values()) == [
+        "ragged E8 k1 dropless, ep_size 2, chunks 1",
+        "ragged E8 k1 dropless, ep_size 2, chunks 2",
+    ]
+
+
+def test_values_are_read_as_yaml_reads_them() -> None:
+    assert several("8,32") == [8, 32]
+    assert several("router,0,1.5") == ["router", 0, 1.5]
+    assert several("null,2") == [None, 2]
+
+
+def test_model_sweeps_lay_their_settings_on_the_run() -> None:
+    config = ModelSweepConfig(
+        run="configs/debug/digits_swin_moe.yaml",
+        set={"train.batch_size": 8},
+        vary={"model.moe.num_experts": (4, 8), "model.moe.top_k": (1, 2)},
+    )
+    runs = runs_of(config, ["seed=7"])
+    assert next(iter(runs)) == "debug_digits_swin_moe, num_experts 4, top_k 1"
+    assert [(run.model.moe.num_experts, run.model.moe.top_k) for run in runs.values() if run.model.moe] == [
+        (4, 1),
+        (4, 2),
+        (8, 1),
+        (8, 2),
+    ]
+    assert {(run.train.batch_size, run.seed) for run in runs.values()} == {(8, 7)}
