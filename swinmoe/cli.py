@@ -455,7 +455,7 @@ def tune_capacity(
     out: Out = None,
     weights: Weights = "auto",
 ) -> None:
-    """A capacity factor for every expert layer, from data: measured, recommended and checked. Exit status 1: not met."""
+    """A capacity factor for every expert layer from data, measured and checked. Exit status 1: not what was asked."""
     from swinmoe.commands import tune as command
 
     options = command.CapacityOptions(
@@ -467,6 +467,31 @@ def tune_capacity(
         rounds=rounds,
     )
     raise typer.Exit(command.run_capacity(ckpt, rest or [], options, which=weights, out=out))
+
+
+@tune_app.command("exchange")
+def tune_exchange(
+    config: Config,
+    overrides: Overrides = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", help="So many on this machine's CPU; or use a launcher.")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", help="Of every comparison.")] = 9,
+    backward: Annotated[bool, typer.Option("--training/--inference", help="Whole steps, or forward passes.")] = True,
+    ep_sizes: Annotated[
+        str | None, typer.Option("--ep-sizes", help="Only these, e.g. where all experts do not fit on a rank.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Where the best of every shape is remembered.", show_default=False)
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure what is remembered anew.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="A YAML file: CONFIG with the best on top.")] = None,
+) -> None:
+    """Layout, chunks, 2DH, tokens or weights, ep_size: whatever makes a step fastest here, under any launcher."""
+    from swinmoe.commands import tune_exchange as command
+
+    options = command.ExchangeOptions(rounds, backward, command.parse_ep_sizes(ep_sizes), cache, again)
+    raise typer.Exit(command.run_exchange(config, overrides or [], options, processes=processes, out=out))
 
 
 verify_app = typer.Typer(help="Prove that results do not depend on how they were computed.", no_args_is_help=True)

@@ -117,7 +117,7 @@ class _Bench:
         accelerator.free_memory()  # it keeps every model that it has prepared
 
     def _subject(self, name: str, run: RunConfig, accelerator: Any) -> _Subject:
-        run = with_overrides(run, _STILL)
+        run = still(run)
         mesh = make_mesh(run.parallel, run.model.moe.num_experts if run.model.moe else None)
         arm = make_arm(name, run, mesh, accelerator, Length(steps=10**9), 10**9)
         routers = []
@@ -207,6 +207,11 @@ def _balanced(subject: _Subject) -> Step:
 def without_experts(run: RunConfig) -> RunConfig:
     """The dense twin of `run`."""
     return with_overrides(run, {"model": {"moe": None}})
+
+
+def still(run: RunConfig) -> RunConfig:
+    """`run` with a learning rate of next to nothing, so that weights and loads stay what they are."""
+    return with_overrides(run, _STILL)
 
 
 def random_batches(run: RunConfig, mesh: Mesh) -> list[Batch]:

@@ -7,6 +7,8 @@ from typing import Any
 
 from swinmoe.report.theme import LIGHT, Theme, new_figure, styled, to_png
 
+_GAP = 0.5
+"""From the largest factor to where dropless stands."""
 TITLES = {"train": "training", "eval": "evaluation"}
 
 
@@ -18,19 +20,21 @@ def capacity_curves(records: Sequence[Mapping[str, Any]], theme: Theme = LIGHT) 
         figure = new_figure(4.6 * len(modes), 7.6)
         axes = figure.subplots(3, len(modes), sharex="col", squeeze=False)
         for column, mode in enumerate(modes):
-            _drops(axes[0][column], records, mode, theme)
-            _over_factor(axes[1][column], records, mode, theme, "ms")
-            _over_factor(axes[2][column], records, mode, theme, "accuracy")
+            for axis, what in ((axes[1][column], "ms"), (axes[2][column], "accuracy")):
+                end = _over_factor(axis, records, mode, theme, what)
+            _drops(axes[0][column], records, mode, theme, end)
             axes[2][column].set(xlabel="capacity factor (∞: dropless)")
         return to_png(figure)
 
 
-def _drops(axis: Any, records: Sequence[Mapping[str, Any]], mode: str, theme: Theme) -> None:
+def _drops(axis: Any, records: Sequence[Mapping[str, Any]], mode: str, theme: Theme, end: float) -> None:
+    """Of every layer, up to just before where dropless stands."""
     (found,) = (r for r in records if r["kind"] == "recommendation" and r["mode"] == mode)
     curves = [r for r in records if r["kind"] == "drop_curve" and r["mode"] == mode]
     for number, curve in enumerate(curves):
         colour = theme.depth(number / max(1, len(curves) - 1))
-        axis.plot(curve["factors"], [100 * d for d in curve["drops"]], color=colour, label=curve["layer"])
+        shown = [(c, d) for c, d in zip(curve["factors"], curve["drops"], strict=True) if c < end - _GAP / 2]
+        axis.plot([c for c, _ in shown], [100 * d for _, d in shown], color=colour, label=curve["layer"])
         factor = found["factors"][curve["layer"]]
         if factor is not None:
             axis.plot([factor], [100 * found["chosen"]["drops"][curve["layer"]]], "o", color=colour, markersize=5)
@@ -40,11 +44,11 @@ def _drops(axis: Any, records: Sequence[Mapping[str, Any]], mode: str, theme: Th
         axis.legend(frameon=False, fontsize=7)
 
 
-def _over_factor(axis: Any, records: Sequence[Mapping[str, Any]], mode: str, theme: Theme, what: str) -> None:
-    """Uniform factors only; dropless stands at the right end."""
+def _over_factor(axis: Any, records: Sequence[Mapping[str, Any]], mode: str, theme: Theme, what: str) -> float:
+    """Uniform factors only; dropless stands at the right end, which is returned."""
     points = [r for r in records if r["kind"] == "measurement" and r["variant"]["mode"] == mode and _uniform(r)]
     factors = sorted({f for f in map(_factor, points) if f is not None})
-    end = (factors[-1] if factors else 1.0) + 0.5
+    end = (factors[-1] if factors else 1.0) + _GAP
     for number, priority in enumerate((False, True)):
         own = sorted(
             ((_factor(r) or end, r) for r in points if r["variant"]["batch_prioritized"] == priority),
@@ -64,7 +68,9 @@ def _over_factor(axis: Any, records: Sequence[Mapping[str, Any]], mode: str, the
             axis.errorbar(x, middle, yerr=(below, above), capsize=2, label=name, **style)
     axis.set(ylabel="accuracy, %" if what == "accuracy" else "ms a step")
     axis.set_xticks([*factors, end], [*(f"{f:g}" for f in factors), "∞"], rotation=45)
+    axis.set_xlim(0, end + _GAP / 4)
     axis.legend(frameon=False, fontsize=7)
+    return end
 
 
 def _uniform(record: Mapping[str, Any]) -> bool:

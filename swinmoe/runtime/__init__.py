@@ -1,7 +1,7 @@
 """The process around a run: accelerator, process group, seeds, logging, and what machine and code it was."""
 
 from swinmoe.runtime.accelerator import make_accelerator
-from swinmoe.runtime.agreement import UNKNOWN, agree
+from swinmoe.runtime.agreement import UNKNOWN, agree, from_first
 from swinmoe.runtime.environment import describe_code, describe_environment
 from swinmoe.runtime.last_words import last_word
 from swinmoe.runtime.processes import (
@@ -18,6 +18,7 @@ __all__ = [
     "agree",
     "describe_code",
     "describe_environment",
+    "from_first",
     "last_word",
     "launched_local_world",
     "launched_rank",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from swinmoe.comm.failure import naming
 from swinmoe.errors import DistributedError
 from swinmoe.runtime.processes import ranks_named
+
+Value = TypeVar("Value")
 
 UNKNOWN = object()
 """A fact that this rank could not find out, such as the commit where git did not answer: it differs from nothing."""
@@ -43,6 +47,20 @@ def agree(facts: Mapping[str, object]) -> None:
             f"ranks disagree on {'; on '.join(differing[:_LISTED])}{more}; start all processes with the same config, "
             "code and data"
         )
+
+
+def from_first(value: Value) -> Value:
+    """Rank 0's `value` on every rank; a collective call, `value` itself on one process.
+
+    Raises:
+        CollectiveError: a rank did not take part.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return value
+    told = [value]
+    with naming("hearing from rank 0"):
+        dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+    return told[0]
 
 
 def _shown(value: object) -> str | None:
