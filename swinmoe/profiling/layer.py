@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +74,23 @@ def profile_layer(
         BackendUnavailableError: the only dispatcher asked for is not here.
     """
     workloads, refused = config.workloads()
+    left_out: dict[str, None] = {}
+
+    def leave_out(why: str) -> None:
+        if why not in left_out:
+            say(f"left out: {why}")
+        left_out[why] = None
+
     for why in refused:
-        say(f"left out: {why}")
+        leave_out(why)
     bench = _Bench(config, torch.device(device), say)
     done = 0
     failure: ConfigError | BackendUnavailableError | None = None
     names = _names(workloads)
-    for _, alike in groupby(sorted(workloads, key=_baseline_key), key=_baseline_key):
-        group = list(alike)
+    groups: dict[tuple[Any, ...], list[LayerWorkload]] = {}
+    for workload in workloads:
+        groups.setdefault(_baseline_key(workload), []).append(workload)
+    for group in groups.values():
         for first in range(0, len(group), AT_ONCE):
             cases = []
             for workload in group[first : first + AT_ONCE]:
@@ -90,7 +98,7 @@ def profile_layer(
                     cases.append(bench.case(names[workload], workload))
                 except (ConfigError, BackendUnavailableError) as error:
                     failure = error
-                    say(f"left out: {error}")
+                    leave_out(str(error))
             if cases:
                 yield from bench.measure(cases, first // AT_ONCE)
                 if trace is not None and not done:
@@ -106,20 +114,34 @@ def _baseline_key(workload: LayerWorkload) -> tuple[Any, ...]:
     return (w.tokens, w.dim, w.hidden, w.top_k, w.precision)
 
 
+_WORDS = {
+    "tokens": "T{}",
+    "dim": "D{}",
+    "hidden": "F{}",
+    "ep_size": "ep {}",
+    "weight_group": "weights of {}",
+    "exchange": "{}",
+    "local_size": "nodes of {}",
+    "chunks": "{} chunks",
+    "payload": "{} sent",
+    "skew": "skew {:g}",
+    "precision": "{}",
+}
+"""How a value that is not the usual one is named."""
+
+
 def _names(workloads: Iterable[LayerWorkload]) -> dict[LayerWorkload, str]:
-    """A name for each: layout, experts, choices, capacity, and whatever else differs between them or is unusual."""
-    workloads = list(workloads)
-    usual = asdict(LayerWorkload())
-    shown = {key for w in workloads for key, value in asdict(w).items() if value != usual[key]}
-    varied = {key for key in usual if len({getattr(w, key) for w in workloads}) > 1}
-    shown = (shown - {"tokens", "dim", "hidden"}) | varied
+    """A name for each: layout, experts, choices, capacity; of the rest what is not usual; sizes where they differ."""
+    workloads, usual = list(workloads), LayerWorkload()
+    sizes = {key for key in ("tokens", "dim", "hidden") if len({getattr(w, key) for w in workloads}) > 1}
     names = {}
     for w in workloads:
-        words = [w.dispatcher, f"E{w.experts}", f"k{w.top_k}", w.capacity]
-        words += [
-            f"{key} {getattr(w, key)}" for key in usual if key in shown - {"dispatcher", "experts", "top_k", "capacity"}
-        ]
-        names[w] = ", ".join([" ".join(words[:4]), *words[4:]])
+        words = [f"{w.dispatcher} E{w.experts} k{w.top_k} {w.capacity}"]
+        for key, word in _WORDS.items():
+            value = getattr(w, key)
+            if key in sizes or (key not in ("tokens", "dim", "hidden") and value != getattr(usual, key)):
+                words.append(word.format(value))
+        names[w] = ", ".join(words)
     return names
 
 

@@ -66,11 +66,25 @@ def test_nonsense_is_refused(changes: dict[str, Any], message: str) -> None:
         build(LayerSweepConfig, listed(changes)).workloads()
 
 
-def test_names_say_what_differs() -> None:
-    two = [LayerWorkload(chunks=chunks, ep_size=2, tokens=64) for chunks in (1, 2)]
-    assert list(_names(two).values()) == [
-        "ragged E8 k1 dropless, ep_size 2, chunks 1",
-        "ragged E8 k1 dropless, ep_size 2, chunks 2",
+def test_names_say_what_is_unusual_and_differ() -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        {"chunks": 2},
+        {"exchange": "2dh", "local_size": 2},
+        {"exchange": "2dh"},
+        {"weight_group": 2, "skew": 0.0},
+        {"payload": "bf16", "precision": "bf16"},
+        {"tokens": 64, "capacity": "1"},
+    ]
+    names = _names([LayerWorkload(**({"ep_size": 4} | change)) for change in changes])
+    assert list(names.values()) == [
+        "ragged E8 k1 dropless, T2304, ep 4",
+        "ragged E8 k1 dropless, T2304, ep 4, 2 chunks",
+        "ragged E8 k1 dropless, T2304, ep 4, 2dh, nodes of 2",
+        "ragged E8 k1 dropless, T2304, ep 4, 2dh",
+        "ragged E8 k1 dropless, T2304, ep 4, weights of 2, skew 0",
+        "ragged E8 k1 dropless, T2304, ep 4, bf16 sent, bf16",
+        "ragged E8 k1 fixed 1, T64, ep 4",
     ]
 
 
