@@ -190,6 +190,8 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     offload_activations: bool = False
     """What the backward pass needs waits for it in the host's memory (pinned, for a GPU); weights stay."""
+    compile: bool = False
+    """Blocks are compiled by `torch.compile`: minutes at the start, faster steps. See `models.compile_blocks`."""
     eval_every_epochs: float | None = 1
     """None = at the end only."""
     dead_expert_window: int = 100

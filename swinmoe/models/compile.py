@@ -7,6 +7,8 @@ has blocks. Names of parameters stay what they are, and copies of a model (a mov
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import torch._dynamo as dynamo
 from torch import nn
 
+from swinmoe.errors import BackendUnavailableError
 from swinmoe.models.block import SwinBlock
 from swinmoe.moe import MoEMlp
 from swinmoe.moe.execution import LocalExecution
@@ -31,6 +34,13 @@ class Compiled:
     attention_only: dict[str, str]
     """Blocks of which the attention was compiled -> why not the rest."""
 
+    def __str__(self) -> str:
+        told = f"compiles {len(self.whole)} blocks"
+        if self.attention_only:
+            reasons = "; ".join(sorted(set(self.attention_only.values())))
+            told += f", and the attention of {len(self.attention_only)} more ({reasons})"
+        return told
+
 
 def compile_blocks(
     model: nn.Module, *, backend: str | Callable[..., Any] = "inductor", options: dict[str, Any] | None = None
@@ -44,7 +54,16 @@ def compile_blocks(
     Args:
         model: after experts were spread, before it is wrapped for data parallelism.
         backend, options: of `torch.compile`.
+
+    Raises:
+        BackendUnavailableError: inductor makes C++ for a CPU, and there is no compiler for it.
     """
+    on_cpu = any(parameter.device.type == "cpu" for parameter in model.parameters())
+    if backend == "inductor" and on_cpu and not any(map(shutil.which, _compilers())):
+        raise BackendUnavailableError(
+            f"torch.compile needs a C++ compiler to compile for a CPU, and none of {', '.join(_compilers())} is "
+            "installed; install one, name yours in CXX, or do not compile (train.compile=false)"
+        )
     how: dict[str, Any] = {"backend": backend, "options": options, "dynamic": False, "fullgraph": True}
     # All blocks are one piece of code to dynamo, which stops at 8 graphs of it.
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, GRAPHS)
@@ -61,6 +80,11 @@ def compile_blocks(
             block.attn.compile(**how)
             parts[name] = reason
     return Compiled(tuple(whole), parts)
+
+
+def _compilers() -> list[str]:
+    named = os.environ.get("CXX")
+    return [named] if named else ["g++", "clang++"]
 
 
 def _changes_size(layer: MoEMlp) -> str | None:

@@ -25,7 +25,7 @@ from swinmoe.config.io import dump
 from swinmoe.config.model import moe_layer_name
 from swinmoe.data import Batch
 from swinmoe.errors import CheckpointError, ConfigError, NonFiniteLossError
-from swinmoe.models import SwinTransformer, build_model
+from swinmoe.models import Compiled, SwinTransformer, build_model, compile_blocks
 from swinmoe.models.counts import ModelCounts, count
 from swinmoe.models.stage import stage_map
 from swinmoe.moe import phases, require_slots
@@ -75,6 +75,8 @@ class Arm:
     counts: ModelCounts
     average: AveragedModel | None
     autocast: Callable[[], Any]
+    compiled: Compiled | None = None
+    """What `train.compile` did."""
     step: int = 0
     seconds: float = 0.0
     """Step time only: no loading, no evaluation."""
@@ -413,6 +415,7 @@ def make_arm(
         average.requires_grad_(False)
         if mesh.config.shard_dense and mesh.world > 1:
             shard_dense(average.module, mesh)
+    compiled = compile_blocks(raw) if run.train.compile else None
     model = wrap_data_parallel(raw, mesh, accelerator)
     return Arm(
         name=name,
@@ -429,6 +432,7 @@ def make_arm(
         counts=count(run.model),
         average=average,
         autocast=accelerator.autocast,
+        compiled=compiled,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -102,6 +103,8 @@ class Session:
         taken, reason = next((layer.dispatcher_taken() for layer in arm.raw.moe_layers().values()), (None, ""))
         if reason:
             self.progress.say(f"{arm.name:>10} moe.dispatcher=auto takes {taken}: {reason}")
+        if arm.compiled is not None:
+            self.progress.say(f"{arm.name:>10} {arm.compiled}; the first step takes minutes")
         self.records.write(
             "arm",
             arm=arm.name,
@@ -115,6 +118,7 @@ class Session:
             top_k=moe.top_k if moe else 0,
             dispatcher=taken,
             dispatcher_reason=reason or None,
+            compiled=None if arm.compiled is None else dataclasses.asdict(arm.compiled),
             steps=arm.length.steps,
             config=to_tree(arm.run),
         )

@@ -236,6 +236,7 @@ NOWHERE = {
     "ParallelConfig.zero": "needs several processes, and an optional package",
     "ParallelConfig.shard_dense": "needs several processes",
     "ParallelConfig.timeout_minutes": "a matter of the machine",
+    "TrainConfig.compile": "takes minutes of a C++ compiler; test_train runs it",
     "TrainConfig.offload_activations": "of use on a GPU alone",
 }
 """Fields that every file leaves alone, and why."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from swinmoe.checkpoint import checkpoints, latest_checkpoint, load_checkpoint, 
 from swinmoe.compare import compare
 from swinmoe.config import CompareConfig, RunConfig
 from swinmoe.config.io import build, merge
-from swinmoe.errors import CheckpointError, ConfigError, NonFiniteLossError
+from swinmoe.errors import BackendUnavailableError, CheckpointError, ConfigError, NonFiniteLossError
 from swinmoe.models import build_model
 from swinmoe.records import read_records
 from swinmoe.train import train
@@ -223,3 +224,29 @@ def test_finished_seeds_are_not_trained_again(tmp_path: Path) -> None:
         compare(_twins(tmp_path, name="seeds", seeds=[1, 2], resume="somewhere"), show=False)
     assert (tmp_path / "seeds" / "records.jsonl").read_text() == after
     assert [x["seed"] for x in _lines(tmp_path / "seeds", "final")] == [1, 1, 2, 2]
+
+
+# Dynamo looks at `.grad` of every input, also of a map that comes from the block before.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which inductor needs on a CPU")
+def test_compiled_blocks_train_as_others_do(tmp_path: Path) -> None:
+    """By inductor, and saved under the names that they have without it."""
+    # One dense and one sparse block: a graph and a half.
+    model = {"depths": [1, 1], "moe_blocks": [[], [0]], "drop_path_rate": 0.0}
+    common = {"model": model, "train": {"precision": "fp64", "steps": 2, "ema_decay": 0.9}}
+    plain, _ = train(_run(tmp_path, name="plain", **common), show=False)
+    changed = merge(common, {"train": {"compile": True}})
+    folder, _ = train(_run(tmp_path, name="compiled", **changed), show=False)
+    (line,) = _lines(folder, "arm")
+    assert line["compiled"]["whole"] == ["layers.0.blocks.0"]
+    assert list(line["compiled"]["attention_only"]) == ["layers.1.blocks.0"]
+    for name, value in _model(plain).items():
+        torch.testing.assert_close(_model(folder)[name], value, rtol=1e-9, atol=1e-11)
+    accuracy = [_lines(f, "final")[0]["accuracy"] for f in (plain, folder)]
+    assert accuracy[0] == accuracy[1]
+
+
+def test_compiling_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BackendUnavailableError, match=r"none of no-such-compiler .*train\.compile=false"):
+        train(_run(tmp_path, train={"compile": True}), show=False)
