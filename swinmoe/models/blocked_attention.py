@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from swinmoe.models.windows import WindowGrid
 
-BLOCK_BYTES = 2 * 2**20
+BLOCK_BYTES = 4 * 2**20
 """Size up to which the scores of several windows come in one block."""
 
 _NORM_FLOOR = 1e-12
