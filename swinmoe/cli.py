@@ -326,7 +326,7 @@ def experts(
 
 @app.command()
 def plan(
-    config: Config,
+    config: Annotated[Path | None, typer.Argument(help="A run's YAML file; see configs/.", show_default=False)] = None,
     overrides: Overrides = None,
     ranks: Annotated[str, typer.Option("--ranks", help="Numbers of ranks to plan for, e.g. 1,8,64,4096.")] = "1,8,64",
     hardware: Annotated[str, typer.Option("--hardware", help="h100, a100, cpu, or a YAML file of figures.")] = "h100",
@@ -341,11 +341,28 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All ways tried, as JSON.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Write the config with the best way laid on top.")] = None,
+    dry_run: Annotated[
+        int | None, typer.Option("--dry-run", help="Step the config as it is on so many ranks that are not there.")
+    ] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option("--calibrate", help="Measure this machine instead, for --hardware FILE.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", help="--calibrate: so many on this machine's CPU; or a launcher.")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", help="--calibrate: times that each piece of work is timed.")] = 9,
 ) -> None:
     """Predict step time and memory on machines that are not here, and the best way to spread a run over them."""
     from swinmoe.commands import plan as command
+    from swinmoe.errors import ConfigError
 
+    if calibrate is not None:
+        raise typer.Exit(command.run_calibration(calibrate, processes=processes, rounds=rounds))
+    if config is None:
+        raise ConfigError("swinmoe plan needs a config to plan for, or --calibrate FILE to measure this machine")
     question = command.Question(command.parse_ranks(ranks), hardware, processes_per_node, batch, imbalance)
+    if dry_run is not None:
+        raise typer.Exit(command.run_dry(config, overrides or [], question, dry_run, as_json=as_json))
     command.run(config, overrides or [], question, as_json=as_json, out=out)
 
 
@@ -427,6 +444,44 @@ def profile_model(
 
     plain = {"rounds": rounds, "threads": threads, "backward": backward}
     command.run_model(config, overrides or [], vary or [], plain=plain, out=out, trace=trace)
+
+
+@profile_app.command("exchange")
+def profile_exchange(
+    sweep: Annotated[Path | None, typer.Argument(help="A sweep as a file; see configs/profile/.")] = None,
+    size: Annotated[
+        str | None, typer.Option("--bytes", help="From each rank for each: 4KiB,64KiB,1MiB.", show_default=False)
+    ] = None,
+    skew: Annotated[
+        str | None, typer.Option(help="Shares of the rows that all go to one rank: 0,0.5,0.9.", show_default=False)
+    ] = None,
+    exchange: Several = None,
+    local_size: Several = None,
+    chunks: Several = None,
+    payload: Several = None,
+    ep_size: Several = None,
+    dim: Annotated[int | None, typer.Option("--dim", help="Width of a row.", show_default=False)] = None,
+    rounds: Rounds = None,
+    threads: Threads = None,
+    backward: Annotated[
+        bool | None, typer.Option("--backward/--forward", help="Both ways, or one.", show_default=False)
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Time the all-to-all of expert layers by itself, and fit latency and bandwidth; needs a launcher."""
+    from swinmoe.commands import profile_exchange as command
+
+    options = {
+        "bytes": size,
+        "skew": skew,
+        "exchange": exchange,
+        "local_size": local_size,
+        "chunks": chunks,
+        "payload": payload,
+        "ep_size": ep_size,
+    }
+    plain = {"dim": dim, "rounds": rounds, "threads": threads, "backward": backward}
+    command.run(sweep, options, plain=plain, out=out)
 
 
 tune_app = typer.Typer(help="Find settings by measuring, and check them.", no_args_is_help=True)

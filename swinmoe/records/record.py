@@ -46,8 +46,16 @@ are over all ranks, bytes those of one (the mean, for memory the one with the hi
   utilisation {model, hardware}: FLOPs over ranks, time and that rate
 - bytes_sent: to other ranks, of one step; bandwidth: bytes per second of the exchange alone; ranks: of its group
 - memory {dense, experts, optimizer, dispatch, activations, peak}: bytes, see `swinmoe.profiling.memory`
+- of what=exchange (one way, forward or backward): calls (exchanges within a turn; ms is of one), message_bytes (that
+  travel from a rank to each, the mean), algbw (bytes per second of all of a rank's rows), busbw (algbw·(n - 1)/n, n =
+  ranks), busiest_bytes (that enter or leave the rank at which most do)
 - of what=capacity: factors (layer -> factor, null for dropless), images, batches, accuracy, drop_fraction, drops (by
   layer); variant {mode (`train` or `eval`), capacity, batch_prioritized}
+
+`fit` is what explains the times of even exchanges (`swinmoe.profiling.link`): what, name, variant (ep_size null: of
+several group sizes at once), latency_seconds, bandwidth, half_message, half_bandwidth_bytes (the message_bytes that
+reach half of it, latency counted), latency_error, bandwidth_error (standard errors over the values), typical_error,
+worst_error (relative, of times), points: list of {name, message_bytes, ranks, seconds, predicted, error}
 
 `swinmoe tune` writes besides
 
@@ -68,7 +76,7 @@ from typing import Any
 from swinmoe.errors import CheckpointError
 
 RECORD_KINDS: tuple[str, ...] = ("run", "arm", "load", "step", "capacity", "eval", "samples", "class_expert", "final")
-RECORD_KINDS += ("superseded", "note", "profile", "measurement", "drop_curve", "recommendation")
+RECORD_KINDS += ("superseded", "note", "profile", "measurement", "fit", "drop_curve", "recommendation")
 Line = dict[str, Any]
 
 
