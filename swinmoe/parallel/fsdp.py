@@ -51,8 +51,10 @@ def shard_dense(model: nn.Module, mesh: Mesh) -> None:
             fully_shard(module, mesh=ranks, reshard_after_forward=True, ignored_params=experts)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Losses are local sums over global counts: gradients are summed. FSDP2 would take their mean.
+            # Losses are local sums over global counts: gradients are summed. FSDP2 would take their mean, and sum by
+            # an operation that multiplies by 1 first, which NCCL has alone.
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def is_sharded(model: nn.Module) -> bool:

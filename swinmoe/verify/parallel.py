@@ -19,7 +19,17 @@ from torch import Tensor
 from swinmoe.config import ParallelConfig, RunConfig
 from swinmoe.errors import ConfigError
 from swinmoe.models import SwinTransformer
-from swinmoe.parallel import Mesh, gather_full, global_sum, is_expert_parameter, make_mesh, take_local, use_exchange
+from swinmoe.parallel import (
+    Mesh,
+    gather_full,
+    global_sum,
+    is_cut,
+    is_expert_parameter,
+    local_part,
+    make_mesh,
+    take_local,
+    use_exchange,
+)
 from swinmoe.runtime import make_accelerator
 from swinmoe.train import Arm, Length, make_arm
 from swinmoe.verify.one_process import OneProcess, Step, Tensors, stirred
@@ -98,6 +108,9 @@ def describe(parallel: ParallelConfig, num_experts: int | None, world: int) -> s
     """The mesh in words, e.g. `4 processes: 2 x 2 (data x expert), tokens travel, flat`."""
     replicas = world // parallel.ep_size
     said = f"{world} process{'es' if world > 1 else ''}: {replicas} x {parallel.ep_size} (data x expert parallel)"
+    if world > 1:
+        said += ", dense parameters cut over all (FSDP2)" * parallel.shard_dense
+        said += ", moments dealt out (ZeRO)" * parallel.zero
     if num_experts is not None and parallel.ep_size > num_experts:
         said += f", each of {num_experts} experts in {parallel.ep_size // num_experts} slices"
     if parallel.ep_size == 1:
@@ -113,7 +126,7 @@ def describe(parallel: ParallelConfig, num_experts: int | None, world: int) -> s
 def _copy_into(model: SwinTransformer, whole: SwinTransformer, mesh: Mesh) -> None:
     for (name, own), (other, full) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
         assert name == other, (name, other)
-        own.copy_(take_local(full, own, mesh))
+        local_part(own).copy_(take_local(full, own, mesh))
 
 
 class _Witness:
@@ -169,6 +182,8 @@ class _Witness:
     def note_shared(self) -> None:
         """Remember, as hashes, what this rank shares with others: gradients and weights after the step."""
         for name, parameter in self.trained.items():
+            if is_cut(parameter):
+                continue  # every rank has rows of its own
             kind = self._experts if is_expert_parameter(parameter) else self._dense
             for tensor in (parameter, self._before_update[name]):
                 kind.update(tensor.detach().cpu().contiguous().numpy().tobytes())

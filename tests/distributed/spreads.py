@@ -222,10 +222,13 @@ def _table() -> None:
             few = cells(Path(scratch), [ONE, DATA, TWO, REPLICAS, SLICED], 2, runner(pools))
             extra = [EIGHT] if 8 in pools else []
             more = cells(Path(scratch), [ONE, DATA, TWO, FOUR, REPLICAS, *extra], 4, runner(pools))
+            zero = [ONE, REPLICAS, ZERO_TWO, ZERO_FOUR, ZERO_REPLICAS, CUT_TWO, CUT_REPLICAS, CUT_AND_ZERO]
+            shared = cells(Path(scratch) / "shared", zero, 4, runner(pools))
     finally:
         for pool in pools.values():
             pool.close()
-    print("\n".join(["2 experts", "", *rows(few), "", "4 experts", "", *rows(more)]))
+    titled = {"2 experts": few, "4 experts": more, "4 experts, with ZeRO and FSDP2": shared}
+    print("\n\n".join(f"{title}\n\n" + "\n".join(rows(found)) for title, found in titled.items()))
 
 
 if __name__ == "__main__":

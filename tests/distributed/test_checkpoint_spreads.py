@@ -7,15 +7,33 @@ from pathlib import Path
 import pytest
 import spreads
 from pool import Pool
-from spreads import DATA, FOUR, ONE, REPLICAS, SLICED, TWO
+from spreads import (
+    CUT_AND_ZERO,
+    CUT_TWO,
+    DATA,
+    FOUR,
+    ONE,
+    REPLICAS,
+    SLICED,
+    TWO,
+    ZERO_FOUR,
+    ZERO_REPLICAS,
+    ZERO_TWO,
+)
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize(
     ("experts", "those"),
-    [(2, [ONE, TWO, REPLICAS, SLICED]), (4, [ONE, DATA, TWO, FOUR, REPLICAS])],
-    ids=["2 experts, sliced too", "4 experts"],
+    [
+        (2, [ONE, TWO, REPLICAS, SLICED]),
+        (4, [ONE, DATA, TWO, FOUR, REPLICAS]),
+        (4, [ONE, REPLICAS, ZERO_TWO, ZERO_FOUR, ZERO_REPLICAS]),
+        (4, [ONE, ZERO_REPLICAS, CUT_TWO, CUT_AND_ZERO]),
+        (1, [ONE, ZERO_REPLICAS, CUT_AND_ZERO]),
+    ],
+    ids=["2 experts, sliced too", "4 experts", "ZeRO", "FSDP2", "1 expert, in slices whose moments are dealt out"],
 )
 def test_saved_anywhere_loaded_anywhere(
     tmp_path: Path, pool2: Pool, pool4: Pool, experts: int, those: list[spreads.Spread]
