@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from swinmoe.config import RunConfig
 from swinmoe.config.io import dump, load, with_overrides
 from swinmoe.errors import ConfigError
+from swinmoe.profiling.plan.calibrate import calibrate
+from swinmoe.profiling.plan.dry_run import DryRun, dry_run
 from swinmoe.profiling.plan.hardware import Hardware, load_hardware
-from swinmoe.profiling.plan.predict import Prediction, Scene
+from swinmoe.profiling.plan.predict import Prediction, Scene, at_batch
 from swinmoe.profiling.plan.search import Option, search
+from swinmoe.runtime import launched_rank, launched_world, start_processes, stop_processes
+from swinmoe.runtime.accelerator import wants_cpu
+from swinmoe.verify.launch import run_on
 
 SHOWN = 3
 """Ways listed for each number of ranks."""
@@ -44,6 +50,65 @@ def parse_ranks(text: str) -> tuple[int, ...]:
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise ConfigError(f"--ranks {text}: give numbers from 1 up with commas between, e.g. 1,8,64,4096")
     return tuple(int(word) for word in words)
+
+
+def run_calibration(out: Path, *, processes: int | None, rounds: int) -> int:
+    """Measure this machine and write it as YAML; the exit status.
+
+    Raises:
+        ConfigError: `processes` below 1 or beside a launcher that started another number; `out` in a folder that is
+            not there.
+    """
+    world = launched_world()
+    if not out.parent.is_dir():
+        raise ConfigError(f"--calibrate {out}: the folder {str(out.parent)!r} does not exist; make it first")
+    if processes is not None and (processes < 1 or world not in (1, processes)):
+        raise ConfigError(
+            f"--processes {processes} must be at least 1, and under a launcher, which started {world}, left away"
+        )
+    if world == 1 and processes is not None and processes > 1:
+        return run_on(processes, ["plan", "--calibrate", str(out), "--rounds", str(rounds)])
+    console = Console(stderr=True, highlight=False, quiet=launched_rank() != 0)
+    start_processes(cpu=wants_cpu())
+    device = torch.device("cpu" if wants_cpu() else f"cuda:{torch.cuda.current_device()}")
+    found = calibrate(device, rounds=rounds, say=console.print)
+    stop_processes()
+    if launched_rank() == 0:
+        out.write_text(f"# {found.name}\n{found.as_yaml()}", encoding="utf-8")
+        console.print(f"{out}: for swinmoe plan --hardware {out}", markup=False, soft_wrap=True)
+    return 0
+
+
+def run_dry(config: Path, overrides: list[str], question: Question, world: int, *, as_json: bool = False) -> int:
+    """Step a config on `world` ranks that are not there, and show what was planned and found; the exit status: 0 equal,
+    1 not.
+
+    Raises:
+        ConfigError: a batch or experts that cannot be spread over so many ranks.
+    """
+    resolved = at_batch(load(RunConfig, config, overrides), world, question.batch)
+    found = dry_run(resolved, machine(question), world)
+    if as_json:
+        print(json.dumps({**asdict(found), "holds": found.holds}, indent=1))
+    else:
+        show_dry(found, Console(highlight=False))
+    return 0 if found.holds else 1
+
+
+def show_dry(found: DryRun, console: Console) -> None:
+    """Print who holds what, and every figure planned and found."""
+    for look in found.looks:
+        shared, same = len(look.neighbours), len(look.replicas)
+        where = f"{look.experts}, among {shared} rank(s), {same} of which set(s) there are"
+        console.print(f"rank {look.rank} of {found.world}: {where}", markup=False, soft_wrap=True)
+        table = _table("", "planned", "found", "", left="")
+        for check in look.checks:
+            verdict = "" if check.holds else "DIFFERS"
+            table.add_row(check.what, f"{check.planned:.6g}", f"{check.found:.6g}", verdict)
+        console.print(table)
+    for change in found.set_aside:
+        console.print(f"set aside: {change}", markup=False, soft_wrap=True)
+    console.print("the plan holds" if found.holds else "the plan does NOT hold", markup=False)
 
 
 def run(
@@ -141,7 +206,7 @@ def _travel(option: Option) -> str:
         words.append(f"{parallel.ep_size // moe.num_experts} slices")
     if option.prediction.micro_batches > 1:
         words.append(f"{option.prediction.micro_batches} micro-batches")
-    if option.tactics.checkpointing:
+    if option.run.model.grad_checkpointing:
         words.append("recomputed")
     return ", ".join(words) or "nothing"
 

@@ -12,24 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from math import prod
 
-from swinmoe.config import ModelConfig, resolve_style
-from swinmoe.models.counts import count, stage_grids
+from swinmoe.config import ModelConfig, RunConfig, resolve_style
+from swinmoe.models.counts import CPB_HIDDEN, count, stage_grids
+from swinmoe.models.position import num_offsets
 from swinmoe.profiling.plan.spread import Spread
 from swinmoe.profiling.plan.work import Setting
-
-
-@dataclass(frozen=True)
-class Tactics:
-    """Ways to need less memory than plain data parallelism."""
-
-    checkpointing: bool = False
-    """Blocks keep their input alone, and are computed again in the backward pass."""
-    zero: bool = False
-    """ZeRO-1: moments are cut over the ranks that hold the same parameters."""
-    fsdp: bool = False
-    """Dense parameters, gradients and moments are cut over all ranks, and gathered block by block."""
-    sequential_stages: int = 0
-    """First stages in which windows attend in turns, and are computed again: no attention weights are kept."""
 
 
 @dataclass(frozen=True)
@@ -65,51 +52,43 @@ def params_here(config: ModelConfig, spreads: list[Spread]) -> tuple[float, floa
     return counts.total - routed, here, counts.total - routed + here - frozen * (here / routed if routed else 1.0)
 
 
-def plan_memory(
-    config: ModelConfig,
-    spreads: list[Spread],
-    at: Setting,
-    world: int,
-    tactics: Tactics | None = None,
-    *,
-    averaged: bool = False,
-) -> Memory:
+def plan_memory(run: RunConfig, spreads: list[Spread], at: Setting, world: int) -> Memory:
     """What one rank needs at the end of a micro-batch's forward pass, when most is alive.
 
     Args:
-        config: the model.
+        run: model, and what is done to need less: `model.grad_checkpointing`, `model.attention_chunks`,
+            `train.offload_activations`, `parallel.zero`, `parallel.shard_dense`.
         spreads: of its expert layers, in order.
         at: micro-batch and precision.
         world: ranks.
-        tactics: None = none.
-        averaged: a moving average of the weights is kept.
     """
-    tactics = tactics or Tactics(checkpointing=config.recomputes_all)
+    config, parallel = run.model, run.parallel
     dense, experts, trained = params_here(config, spreads)
     trained_experts = max(0.0, trained - dense)
-    ep = spreads[0].parallel.ep_size if spreads else 1
-    replicas = world // ep
-    shards = world if tactics.fsdp else 1
-    halves = world if tactics.zero or tactics.fsdp else 1
-    expert_halves = (replicas if tactics.zero else 1) if ep > 1 else halves
-    blocks = [_block(config, stage, at, tactics) for stage in range(len(config.depths))]
-    kept, running = _activations(config, spreads, blocks, at, tactics)
-    rows = [_rows_kept(s) for s in spreads]
-    kept_rows = 0.0 if tactics.checkpointing else sum(rows)
+    ep = parallel.ep_size if spreads else 1
+    # Experts that every rank holds whole are dense parameters to ZeRO and to FSDP
+    shards = world if parallel.shard_dense else 1
+    expert_shards = shards if ep == 1 else 1
+    halves = world if parallel.zero else shards
+    expert_halves = (world // ep if parallel.zero else 1) if ep > 1 else halves
+    kept, rows = kept_for_backward(config, spreads, at)
+    if run.train.offload_activations:
+        kept = rows = 0.0
     moved = max((2 * s.volume for s in spreads), default=0.0)
-    gathered = max((s.parallel.weight_group * s.weight_bytes for s in spreads), default=0.0)
+    per_block = max(1, sum(config.depths))
     casts = (dense + experts) * at.narrow if at.narrow != at.wide else 0.0
-    if tactics.checkpointing:
-        casts /= max(1, sum(config.depths))
-    unsharded = at.wide * 2 * dense / max(1, sum(config.depths)) if tactics.fsdp else 0.0
+    if config.recomputes_all:
+        casts /= per_block
+    unsharded = at.wide * 2 * dense / per_block if parallel.shard_dense else 0.0
+    copies = 2 + (run.train.ema_decay is not None)
     return Memory(
         dense=at.wide * dense / shards,
-        experts=at.wide * experts,
-        gradients=at.wide * (dense / shards + trained_experts),
-        moments=at.wide * (2 + averaged) * (dense / halves + trained_experts / expert_halves),
+        experts=at.wide * experts / expert_shards,
+        gradients=at.wide * (dense / shards + trained_experts / expert_shards),
+        moments=at.wide * copies * (dense / halves + trained_experts / expert_halves),
         activations=kept,
-        dispatch=kept_rows + (max(rows, default=0.0) if tactics.checkpointing else 0.0) + moved + gathered,
-        transient=running + casts + unsharded,
+        dispatch=rows + moved,
+        transient=_running(config, spreads, at) + casts + unsharded,
     )
 
 
@@ -123,58 +102,81 @@ class _Block:
     weights: float
     """Attention weights alone."""
     input: float
+    bias: tuple[float, float]
+    """Of the position bias of an unshifted and of a shifted block, whatever the number of images."""
 
 
-def _block(config: ModelConfig, stage: int, at: Setting, tactics: Tactics) -> _Block:
+def _block(config: ModelConfig, stage: int, at: Setting) -> _Block:
     style, grid = resolve_style(config.style), stage_grids(config)[stage]
     dim, heads = config.embed_dim * 2**stage, config.num_heads[stage]
     wide, narrow = prod(grid.size) * dim * at.wide, prod(grid.padded) * dim * at.narrow
     once = prod(grid.size) * dim * at.narrow
     weights = prod(grid.padded) * grid.area * heads * at.narrow
-    in_turns = stage < tactics.sequential_stages
+    in_turns = config.chunks_of(stage) > 1
     # The norm's input, what enters the projections; queries, keys and values as the products meet them; drop path's
     # factor needs each branch's result.
     cosine = style.similarity == "cosine"
-    queries = (6 if cosine else 4) * narrow
+    # In turns, only what they are made of
+    queries = (3 if in_turns else 6 if cosine else 4) * narrow
     kept = wide + narrow + queries + once + (once if config.drop_path_rate else 0)
     if not (at.fused_attention or in_turns):
         kept += weights
-    if style.norm == "res-post":
-        kept += wide  # both norms' inputs are results of their own
     hidden = int(dim * config.mlp_ratio)
     mlp = wide + once + 2 * prod(grid.size) * hidden * at.narrow + (once if config.drop_path_rate else 0)
-    return _Block(kept, mlp, weights, wide)
+    table = heads * grid.area**2 * at.wide
+    masked = table * (1 + grid.num_windows)
+    network = 0.0 if style.position_bias == "table" else num_offsets(grid.window) * (CPB_HIDDEN + heads) * at.narrow
+    shifts = any(w < s for w, s in zip(grid.window, grid.size, strict=True))
+    plain = masked if any(grid.padding) else table
+    return _Block(kept, mlp, weights, wide, (network + plain, network + (masked if shifts else plain)))
 
 
 def _rows_kept(spread: Spread) -> float:
-    """Bytes that an expert layer keeps: rows as they enter, both sides of the activation, rows as they leave."""
+    """Bytes that an expert layer keeps: rows as they enter, both sides of the activation, rows as they leave; gathered
+    weights."""
     layer, at = spread.layer, spread.at
     here, met = spread.rows * layer.dim * at.narrow, spread.rows_computed * at.narrow
     parts = spread.slices // min(spread.parallel.weight_group, spread.slices)
     inside = met * (layer.dim + (layer.fc1_rows + layer.hidden) / parts)
-    table = at.images * layer.tokens * (5 * layer.num_experts * at.wide + 6 * layer.top_k * 8)
-    return inside + here + table
+    return inside + here + spread.parallel.weight_group * spread.weight_bytes
 
 
-def _activations(
-    config: ModelConfig, spreads: list[Spread], blocks: list[_Block], at: Setting, tactics: Tactics
-) -> tuple[float, float]:
-    """(kept, needed by the block that runs) bytes of the whole micro-batch, expert rows apart."""
+def _decisions(spread: Spread) -> float:
+    """Bytes of scores and queues, which are never computed again."""
+    layer, at = spread.layer, spread.at
+    return at.images * layer.tokens * (5 * layer.num_experts * at.wide + 6 * layer.top_k * 8)
+
+
+def kept_for_backward(config: ModelConfig, spreads: list[Spread], at: Setting) -> tuple[float, float]:
+    """(activations, rows of expert layers): bytes that autograd keeps at the end of a micro-batch's forward pass."""
     sparse = {(s.layer.stage, s.layer.block) for s in spreads}
-    kept = running = 0.0
-    for stage, (block, depth) in enumerate(zip(blocks, config.depths, strict=True)):
-        whole = block.kept + block.mlp
-        running = max(running, (whole if tactics.checkpointing else 0.0) + 2 * block.weights * (not at.fused_attention))
+    kept = shared = 0.0
+    for stage, depth in enumerate(config.depths):
+        block, recomputed = _block(config, stage, at), config.recomputes(stage)
         for index in range(depth):
-            if tactics.checkpointing:
-                kept += block.input * (2 if (stage, index) in sparse else 1)
+            if recomputed:
+                kept += block.input * (3 if (stage, index) in sparse else 1)
             else:
+                shared += block.bias[index % 2]
                 # of an expert layer's branch: the norm's input, the router's, and drop path's
                 kept += block.kept + (2 * block.input if (stage, index) in sparse else block.mlp)
-        if stage + 1 < len(blocks):
-            kept += 2 * block.input  # merging: what was brought together, normed
-    grids = stage_grids(config)
-    pixels = config.in_chans * prod(config.img_size) * at.wide
-    kept += pixels + 2 * prod(grids[0].size) * config.embed_dim * at.wide
-    kept += 2 * blocks[-1].input + 2 * config.num_classes * at.wide
-    return at.images * kept, at.images * running
+        if stage + 1 < len(config.depths):
+            # merging: what was brought together, and that normed, or its projection to half the size
+            kept += block.input * (2 if resolve_style(config.style).merge_norm == "before" else 1.5)
+    kept += config.in_chans * prod(config.img_size) * at.wide
+    kept += prod(stage_grids(config)[0].size) * config.embed_dim * at.wide * config.patch_norm
+    kept += block.input + 2 * config.num_classes * at.wide
+    rows = sum(_decisions(s) + (0.0 if s.recomputed else _rows_kept(s)) for s in spreads)
+    return at.images * kept + shared, rows
+
+
+def _running(config: ModelConfig, spreads: list[Spread], at: Setting) -> float:
+    """Bytes that the largest block needs besides: two copies of attention weights, and what it computes again."""
+    needed = 0.0
+    for stage in range(len(config.depths)):
+        block = _block(config, stage, at)
+        again = block.kept + block.mlp if config.recomputes(stage) else 0.0
+        weights = 2 * block.weights / config.chunks_of(stage)
+        needed = max(needed, again + weights * (not at.fused_attention))
+    rows = max((_rows_kept(s) for s in spreads if s.recomputed), default=0.0)
+    return at.images * needed + rows

@@ -17,7 +17,7 @@ from swinmoe.models.counts import count
 from swinmoe.profiling.plan.cost import Cost
 from swinmoe.profiling.plan.exchange import all_reduce, layout
 from swinmoe.profiling.plan.hardware import Hardware
-from swinmoe.profiling.plan.memory import Memory, Tactics, params_here, plan_memory
+from swinmoe.profiling.plan.memory import Memory, kept_for_backward, params_here, plan_memory
 from swinmoe.profiling.plan.spread import Spread, needs_padding
 from swinmoe.profiling.plan.traffic import plan_traffic
 from swinmoe.profiling.plan.work import Setting, expert_layers, parts
@@ -34,8 +34,6 @@ class Scene:
     world: int
     imbalance: float | None = None
     """Rows of the busiest rank over the mean; None = what random choices give."""
-    tactics: Tactics | None = None
-    """None = what the config says."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,17 @@ def spreads_of(run: RunConfig, scene: Scene, images: int) -> list[Spread]:
     at = setting(run, scene.hardware, images)
     node = scene.hardware.processes_per_node
     return [
-        Spread(layer, moe, run.parallel, at, padded, scene.world, node, scene.imbalance)
+        Spread(
+            layer,
+            moe,
+            run.parallel,
+            at,
+            padded,
+            scene.world,
+            node,
+            imbalance=scene.imbalance,
+            recomputed=run.model.recomputes(layer.stage),
+        )
         for layer in expert_layers(run.model)
     ]
 
@@ -128,26 +136,18 @@ def predict(run: RunConfig, scene: Scene) -> Prediction:
     """
     hardware, world, precision = scene.hardware, scene.world, run.train.precision
     images = images_per_micro_batch(run, world)
-    tactics = scene.tactics or Tactics(checkpointing=run.model.recomputes_all)
     spreads = spreads_of(run, scene, images)
     here = min(world, hardware.processes_per_node)
     forward, backward = dense_work(run, hardware, images)
     ahead, back = (hardware.seconds(cost, precision, here) for cost in (forward, backward))
-    dense = ahead * (2 if tactics.checkpointing else 1) + back
-    layers = [spread.seconds(hardware, here, tactics.checkpointing) for spread in spreads]
+    dense = ahead + back
+    layers = [spread.seconds(hardware, here) for spread in spreads]
     moe, waiting, computing = (sum(layer[i] for layer in layers) for i in range(3))
     A = run.train.accumulation
-    sync = exposed_sync(run, scene, spreads, back + sum(layer[2] for layer in layers) / 2, tactics)
-    update = hardware.seconds(update_work(run, spreads, scene, tactics), precision, here)
-    memory = plan_memory(
-        run.model,
-        spreads,
-        setting(run, hardware, images),
-        world,
-        tactics,
-        averaged=run.train.ema_decay is not None,
-    )
-    sent = plan_traffic(run.model, spreads, world, A, recomputed=tactics.checkpointing)
+    sync = exposed_sync(run, scene, spreads, back + sum(layer[2] for layer in layers) / 2)
+    update = hardware.seconds(update_work(run, spreads, scene), precision, here)
+    memory = plan_memory(run, spreads, setting(run, hardware, images), world)
+    sent = plan_traffic(run.model, spreads, world, A)
     return Prediction(
         world=world,
         images=run.train.batch_size,
@@ -167,25 +167,36 @@ def predict(run: RunConfig, scene: Scene) -> Prediction:
 
 
 def dense_work(run: RunConfig, hardware: Hardware, images: int) -> tuple[Cost, Cost]:
-    """Of a micro-batch, everything but experts and what carries rows; forward and backward."""
-    found = list(parts(run.model, setting(run, hardware, images)))
-    return sum((part.forward for part in found), Cost()), sum((part.backward for part in found), Cost())
+    """Of a micro-batch, everything but experts and what carries rows; forward, and backward with all that is computed
+    again."""
+    at = setting(run, hardware, images)
+    forward, backward = Cost(), Cost()
+    for part in parts(run.model, at):
+        forward, backward = forward + part.forward, backward + part.backward
+        in_block = part.name in ("attention", "mlp", "shared")
+        chunked = part.name == "attention" and run.model.chunks_of(part.stage) > 1
+        if in_block and (run.model.recomputes(part.stage) or chunked):
+            backward += part.forward
+    if run.train.offload_activations:
+        kept, _ = kept_for_backward(run.model, [], at)
+        forward, backward = forward + Cost(copy=kept), backward + Cost(copy=kept)
+    return forward, backward
 
 
-def update_work(run: RunConfig, spreads: list[Spread], scene: Scene, tactics: Tactics) -> Cost:
+def update_work(run: RunConfig, spreads: list[Spread], scene: Scene) -> Cost:
     """Norm and clipping of gradients, AdamW, gradients back to zero; a moving average where there is one.
 
     AdamW reads parameter, gradient and both moments and writes all but the gradient: 7 passes; the norm 1, clipping 2,
     zeroing 1, the average 3.
     """
     _, _, trained = params_here(run.model, spreads)
-    shard = scene.world if tactics.zero or tactics.fsdp else 1
+    shard = scene.world if run.parallel.zero or run.parallel.shard_dense else 1
     wide = 8 if run.train.precision == "fp64" else 4
     passes = 7 / shard + 4 + (3 if run.train.ema_decay is not None else 0)
     return Cost(update=passes * wide * trained, calls=40)
 
 
-def exposed_sync(run: RunConfig, scene: Scene, spreads: list[Spread], backward: float, tactics: Tactics) -> float:
+def exposed_sync(run: RunConfig, scene: Scene, spreads: list[Spread], backward: float) -> float:
     """Seconds of gradient sums that nothing hides, and of the collectives that shards of parameters need."""
     hardware, world = scene.hardware, scene.world
     if world == 1:
@@ -197,9 +208,9 @@ def exposed_sync(run: RunConfig, scene: Scene, spreads: list[Spread], backward: 
     dense = wide * (counts.trainable - (routed if ep > 1 else 0))
     everyone = layout(world, 1, node)
     times = bucketed(dense, everyone, hardware)
-    if tactics.fsdp:
+    if run.parallel.shard_dense:
         times *= 1.5  # gathered twice and scattered once, where a sum is one of each
-    elif tactics.zero:
+    elif run.parallel.zero:
         times += bucketed(dense, everyone, hardware) / 2  # parameters travel back from their shards
     if ep > 1 and world > ep:
         replicas = layout(world // ep, ep, node)

@@ -14,7 +14,6 @@ from typing import Any
 from swinmoe.config import ParallelConfig, RunConfig
 from swinmoe.config.checks import divisors
 from swinmoe.errors import ConfigError
-from swinmoe.profiling.plan.memory import Tactics
 from swinmoe.profiling.plan.predict import Prediction, Scene, at_batch, predict
 from swinmoe.profiling.plan.work import expert_layers
 
@@ -31,7 +30,6 @@ class Option:
     """One way, and what it would take."""
 
     run: RunConfig
-    tactics: Tactics
     prediction: Prediction
 
     @property
@@ -46,7 +44,7 @@ class Option:
             "parallel.chunks": parallel.chunks,
             "train.batch_size": self.run.train.batch_size,
             "train.accumulation": self.run.train.accumulation,
-            "model.grad_checkpointing": self.tactics.checkpointing,
+            "model.grad_checkpointing": _plain(self.run.model.grad_checkpointing),
         }
         return keys
 
@@ -105,18 +103,19 @@ def search(run: RunConfig, scene: Scene, batch: int | None = None) -> list[Optio
     Raises:
         ConfigError: the batch cannot be split over the ranks.
     """
-    found = _tried(run, scene, batch, run.train.accumulation, run.model.recomputes_all)
+    found = _tried(run, scene, batch, run.train.accumulation, run.model.grad_checkpointing)
     # Less memory for more time, only where it is needed
     if not any(option.prediction.fits for option in found):
-        for accumulation, checkpointing in _thriftier(run, scene.world, batch):
-            found += _tried(run, scene, batch, accumulation, checkpointing)
+        for accumulation, recomputed in _thriftier(run, scene.world, batch):
+            found += _tried(run, scene, batch, accumulation, recomputed)
             if any(option.prediction.fits for option in found):
                 break
     return sorted(found, key=lambda o: (not o.prediction.fits, o.prediction.seconds, o.prediction.memory.total))
 
 
-def _tried(run: RunConfig, scene: Scene, batch: int | None, accumulation: int, checkpointing: bool) -> list[Option]:
-    tactics = replace(scene.tactics or Tactics(), checkpointing=checkpointing)
+def _tried(
+    run: RunConfig, scene: Scene, batch: int | None, accumulation: int, recomputed: bool | tuple[int, ...]
+) -> list[Option]:
     sized = at_batch(replace(run, train=replace(run.train, accumulation=1)), scene.world, batch)
     pieces = accumulation * scene.world
     if sized.train.batch_size % pieces:
@@ -125,22 +124,26 @@ def _tried(run: RunConfig, scene: Scene, batch: int | None, accumulation: int, c
             f"{accumulation} micro-batches; give --batch, images of each rank, or a multiple of {pieces}"
         )
     train = replace(sized.train, accumulation=accumulation)
-    model = replace(run.model, grad_checkpointing=checkpointing)
+    model = replace(run.model, grad_checkpointing=recomputed)
     options = []
     for parallel in layouts(run, scene):
         way = replace(run, train=train, model=model, parallel=parallel)
-        options.append(Option(way, tactics, predict(way, replace(scene, tactics=tactics))))
+        options.append(Option(way, predict(way, scene)))
     return options
 
 
-def _thriftier(run: RunConfig, world: int, batch: int | None) -> Iterator[tuple[int, bool]]:
+def _thriftier(run: RunConfig, world: int, batch: int | None) -> Iterator[tuple[int, bool | tuple[int, ...]]]:
     """(micro-batches, recompute), from little to much loss of time: recomputing costs a third, more micro-batches
     nearly nothing until they are small."""
     images = batch if batch is not None else run.train.batch_size // world
     smaller = [n for n in divisors(images) if n > run.train.accumulation and n % run.train.accumulation == 0]
     for accumulation in smaller:
         if images // accumulation >= 8:
-            yield accumulation, run.model.recomputes_all
+            yield accumulation, run.model.grad_checkpointing
     if not run.model.recomputes_all:
         for accumulation in (run.train.accumulation, *smaller):
             yield accumulation, True
+
+
+def _plain(value: bool | tuple[int, ...]) -> bool | list[int]:
+    return value if isinstance(value, bool) else list(value)

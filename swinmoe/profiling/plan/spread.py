@@ -40,6 +40,8 @@ class Spread:
     processes_per_node: int
     imbalance: float | None = None
     """λ; None = what random choices give."""
+    recomputed: bool = False
+    """Rows travel and experts compute once more in the backward pass."""
 
     @property
     def slices(self) -> int:
@@ -177,11 +179,11 @@ class Spread:
             seconds += all_reduce(world, 4 * (2 * self.layer.num_experts + 1), hardware)
         return seconds
 
-    def seconds(self, hardware: Hardware, processes: int, recomputed: bool) -> tuple[float, float, float]:
+    def seconds(self, hardware: Hardware, processes: int) -> tuple[float, float, float]:
         """(time, of which nothing but waiting for transfers, experts alone) of forward and backward."""
         r = self.parallel.chunks
         whole = waiting = computing = 0.0
-        for cost, carried, times in zip(self.experts(r), self.carry(), (2 if recomputed else 1, 1), strict=True):
+        for cost, carried, times in zip(self.experts(r), self.carry(), (1 + self.recomputed, 1), strict=True):
             work = hardware.seconds(cost, self.at.precision, processes)
             transfer = 2 * self.exchange(hardware, r)
             line = overlapped(transfer, work, r, hardware.overlap.value) + self.gather_weights(hardware)

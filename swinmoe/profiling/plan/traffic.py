@@ -33,9 +33,10 @@ def loss_sums(losses: BalanceLossConfig, num_experts: int) -> int:
 
 
 def plan_traffic(
-    config: ModelConfig, spreads: list[Spread], world: int, micro_batches: int = 1, *, recomputed: bool = False
+    config: ModelConfig, spreads: list[Spread], world: int, micro_batches: int = 1
 ) -> dict[tuple[str, str], float]:
-    """(operation, what) -> bytes that this rank sends to others in a step; nothing that is zero.
+    """(operation, what) -> bytes that this rank sends to others in a step of plain data and expert parallelism (ZeRO's
+    and FSDP's own messages are not in it); nothing that is zero.
 
     Names are those that `comm.listen` gives, without the layer's.
     """
@@ -44,7 +45,7 @@ def plan_traffic(
         return {}
     trainable = count(config).trainable
     for spread in spreads:
-        for key, value in _layer(spread, world, recomputed).items():
+        for key, value in _layer(spread, world).items():
             sent[key] += micro_batches * value
     ep = spreads[0].parallel.ep_size if spreads else 1
     moved = _trained_experts(spreads)
@@ -69,13 +70,13 @@ def _trained_experts(spreads: list[Spread]) -> list[float]:
     return found
 
 
-def _layer(spread: Spread, world: int, recomputed: bool) -> dict[tuple[str, str], float]:
+def _layer(spread: Spread, world: int) -> dict[tuple[str, str], float]:
     """Of one layer and micro-batch."""
     n, g, wide = spread.parallel.token_group, spread.parallel.weight_group, spread.at.wide
     sent: dict[tuple[str, str], float] = {}
     sums = loss_sums(spread.moe.losses, spread.layer.num_experts)
     sent["all_reduce", "summing statistics"] = 2 * sums * wide * (world - 1) / world
-    again = 2 if recomputed else 1
+    again = 1 + spread.recomputed
     if n > 1:
         if spread.padded:
             sent["all_reduce", "agreeing on slots"] = 2 * 8 * (n - 1) / n
