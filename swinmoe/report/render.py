@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import os
-import re
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
-from matplotlib.figure import Figure
-
 from swinmoe.records import read_records
-from swinmoe.report import wording
 from swinmoe.report.figures import curve_figure
 from swinmoe.report.headline import headline
+from swinmoe.report.page import Picture, add_picture, as_yaml, drawn, flat, templates, write_whole
 from swinmoe.report.patches import patch_sheet, samples
 from swinmoe.report.routing_figures import (
     ClassTable,
@@ -40,7 +31,7 @@ from swinmoe.report.series import (
     training_curves,
 )
 from swinmoe.report.summarise import ArmSummary, Summary, summary
-from swinmoe.report.theme import DARK, LIGHT, Theme, styled, to_png
+from swinmoe.report.theme import DARK, LIGHT
 from swinmoe.version import __version__
 
 
@@ -53,25 +44,6 @@ class ReportPaths:
     figures: tuple[Path, ...]
     headline: str
     """What the report shows, in a few sentences, for a terminal."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure of the report, drawn for light pages (also a file) and for dark ones (in the HTML only)."""
-
-    file: str
-    """Relative to the report."""
-    title: str
-    light: bytes
-    dark: bytes
-
-    @property
-    def light_uri(self) -> str:
-        return _uri(self.light)
-
-    @property
-    def dark_uri(self) -> str:
-        return _uri(self.dark)
 
 
 @dataclass(frozen=True)
@@ -88,9 +60,6 @@ class RoutingSection:
     tables: Sequence[ClassTable]
 
 
-Draw = Callable[[Theme], bytes]
-
-
 def write_report(records_path: Path, output_dir: Path) -> ReportPaths:
     """Write `report.md`, `report.html` and `figures/*.png` into `output_dir` from the records of a run or a comparison.
 
@@ -105,17 +74,17 @@ def write_report(records_path: Path, output_dir: Path) -> ReportPaths:
     pictures: list[Picture] = []
     context = _context(records, numbers, pictures)
     for picture in pictures:
-        _write(output_dir / picture.file, picture.light)
+        write_whole(output_dir / picture.file, picture.light)
     markdown, html = output_dir / "report.md", output_dir / "report.html"
-    _write(markdown, _templates(autoescape=False).get_template("report.md.j2").render(context).encode())
-    _write(html, _templates(autoescape=True).get_template("report.html.j2").render(context).encode())
+    write_whole(markdown, templates(autoescape=False).get_template("report.md.j2").render(context).encode())
+    write_whole(html, templates(autoescape=True).get_template("report.html.j2").render(context).encode())
     return ReportPaths(markdown, html, tuple(output_dir / p.file for p in pictures), context["headline"].text)
 
 
 def _context(records: Sequence[Line], numbers: Summary, pictures: list[Picture]) -> dict[str, Any]:
     """Everything the templates show; each picture is also appended to `pictures`."""
     run = next((line for line in reversed(records) if line["kind"] == "run"), {})
-    configs = {arm.name: _yaml(_arm_config(records, arm)) for arm in numbers.arms}
+    configs = {arm.name: as_yaml(_arm_config(records, arm)) for arm in numbers.arms}
     return {
         "summary": numbers,
         "index": {arm.name: i for i, arm in enumerate(numbers.arms)},
@@ -124,10 +93,10 @@ def _context(records: Sequence[Line], numbers: Summary, pictures: list[Picture])
         "curves": _curves(records, numbers, pictures),
         "weights": evaluated_weights(records),
         "routing": [section for arm in numbers.arms if (section := _routing(records, arm, pictures))],
-        "config": _yaml(run.get("config")),
+        "config": as_yaml(run.get("config")),
         "arm_configs": {name: text for name, text in configs.items() if text},
         "facts": _facts(run, numbers),
-        "environment": _flat(run.get("environment") or {}),
+        "environment": flat(run.get("environment") or {}),
         "notes": [str(line["text"]) for line in records if line["kind"] == "note" and line.get("text")],
         "light": LIGHT,
         "dark": DARK,
@@ -148,7 +117,7 @@ def _curves(records: Sequence[Line], numbers: Summary, pictures: list[Picture]) 
     for name, (values, label, percent) in wanted.items():
         if values:
             make = partial(curve_figure, values, label, summary=numbers, percent=percent)
-            out[name] = _picture(pictures, name, f"{label.capitalize()} of every arm", partial(_drawn, make))
+            out[name] = add_picture(pictures, name, f"{label.capitalize()} of every arm", partial(drawn, make))
     return out
 
 
@@ -159,18 +128,18 @@ def _routing(records: Sequence[Line], arm: ArmSummary, pictures: list[Picture]) 
     if not by_seed:
         return None
     seed = next((s for s in arm.seeds if s in by_seed), min(by_seed))
-    add = partial(_picture, pictures)
+    add = partial(add_picture, pictures)
     load = add(
         f"load_{arm.name}",
         f"Share of tokens per expert over training, {arm.name}",
-        partial(_drawn, partial(load_figure, by_seed[seed])),
+        partial(drawn, partial(load_figure, by_seed[seed])),
     )
     health = shown = classes = None
     if health_metrics(by_seed):
         health = add(
             f"routing_{arm.name}",
             f"Dropped tokens, entropies and imbalance over training, {arm.name}",
-            partial(_drawn, partial(health_figure, by_seed)),
+            partial(drawn, partial(health_figure, by_seed)),
         )
     if images := samples(records, arm.name, seed):
         shown = add(
@@ -182,38 +151,14 @@ def _routing(records: Sequence[Line], arm: ArmSummary, pictures: list[Picture]) 
         classes = add(
             f"classes_{arm.name}",
             f"Share of each class's tokens per expert, {arm.name}",
-            partial(_drawn, partial(class_figure, tables)),
+            partial(drawn, partial(class_figure, tables)),
         )
     return RoutingSection(arm, seed, load, health, shown, classes, tables)
-
-
-def _drawn(make: Callable[[Theme], Figure], theme: Theme) -> bytes:
-    with styled(theme):
-        return to_png(make(theme))
-
-
-def _picture(pictures: list[Picture], name: str, title: str, draw: Draw) -> Picture:
-    """Draw for both themes under a file name that is safe and not yet taken."""
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "figure"
-    taken = {picture.file for picture in pictures}
-    candidates = [stem, *(f"{stem}-{i}" for i in range(2, len(taken) + 3))]
-    file = next(path for path in (f"figures/{c}.png" for c in candidates) if path not in taken)
-    picture = Picture(file, title, draw(LIGHT), draw(DARK))
-    pictures.append(picture)
-    return picture
-
-
-def _uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _arm_config(records: Sequence[Line], arm: ArmSummary) -> Any:
     seeds = seeds_of(records, arm.name)
     return last(records, "arm", arm.name, seeds[0]).get("config") if seeds else None
-
-
-def _yaml(config: Any) -> str:
-    return yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=110) if config else ""
 
 
 def _facts(run: Line, numbers: Summary) -> list[tuple[str, str]]:
@@ -231,63 +176,3 @@ def _facts(run: Line, numbers: Summary) -> list[tuple[str, str]]:
         ("begun", run.get("time")),
     ]
     return [(name, str(value)) for name, value in found if value]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested mappings as dotted names with their values, in order."""
-    out: list[tuple[str, str]] = []
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            out += _flat(value, f"{name}.")
-        else:
-            out.append((name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
-    return out
-
-
-def _templates(*, autoescape: bool) -> Environment:
-    env = Environment(
-        loader=PackageLoader("swinmoe.report"),
-        autoescape=autoescape,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    for name in ("scaled", "ratio", "number", "signed", "spread", "duration"):
-        env.filters[name] = getattr(wording, name)
-    env.filters |= {"cell": _cell, "fenced": _fenced, "estimate_html": _estimate_html}
-    return env
-
-
-def _estimate_html(text: str) -> Markup:
-    """The ± part of an estimate set small."""
-    mean, sign, half = text.partition(" ± ")
-    return escape(mean) + Markup(" <small>± {}</small>").format(half) if sign else escape(mean)
-
-
-def _cell(text: object) -> str:
-    """`text` inside Markdown: no table borders, no HTML, no line breaks, no emphasis."""
-    escaped = re.sub(r"([\\`*_|\[\]])", r"\\\1", " ".join(str(text).split()))
-    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _fenced(text: str, language: str = "") -> str:
-    """`text` as a code block whose fence is longer than any run of backticks in it."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

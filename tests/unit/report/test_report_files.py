@@ -13,6 +13,7 @@ from report_records import write_records
 from swinmoe.errors import CheckpointError
 from swinmoe.records import RunRecord
 from swinmoe.report import ReportPaths, write_report
+from swinmoe.report import page as page_module
 from swinmoe.report import render as render_module
 
 VOID = {"meta", "img", "br", "source", "link", "input", "hr"}
@@ -51,7 +52,7 @@ def page_of(paths: ReportPaths) -> Page:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of words: every figure is an empty file, since drawing takes most of a report's time."""
-    monkeypatch.setattr(render_module, "_drawn", lambda make, theme: b"")
+    monkeypatch.setattr(render_module, "drawn", lambda make, theme: b"")
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +169,9 @@ def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytes
     def full_disk(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(render_module.os, "replace", full_disk)
+    monkeypatch.setattr(page_module.os, "replace", full_disk)
     with pytest.raises(OSError, match="no space left"):
-        render_module._write(path, b"new")
+        page_module.write_whole(path, b"new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
