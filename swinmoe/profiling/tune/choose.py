@@ -45,7 +45,7 @@ class Point:
 
 def points_lost(seen: Seen, reference: Seen) -> float:
     """Accuracy below the reference's, in points."""
-    return 100 * (reference.accuracy - seen.accuracy)
+    return 100 * (sum(reference.correct) - sum(seen.correct)) / len(seen.correct)
 
 
 def points_lost_bound(seen: Seen, reference: Seen) -> float:

@@ -1,0 +1,203 @@
+"""`swinmoe tune capacity`: from a trained checkpoint to a config that keeps what was asked, or a failure saying so."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from micro import MICRO
+from PIL import Image
+from rich.console import Console
+
+from swinmoe.cli import app
+from swinmoe.commands import tune
+from swinmoe.config import RunConfig
+from swinmoe.config.io import build, load
+from swinmoe.data import build_data
+from swinmoe.errors import ConfigError
+from swinmoe.profiling.tune.capacity import factors_for, tune_capacity
+from swinmoe.profiling.tune.choose import Asked
+from swinmoe.profiling.tune.passes import Setting, Workbench, batches_for
+from swinmoe.records import read_records
+from swinmoe.train import train
+from swinmoe.train.finetune import plan_finetuning
+from swinmoe.train.opened import Opened, open_model
+
+RUN: dict[str, Any] = {
+    "name": "run",
+    "model": {
+        **MICRO,
+        "img_size": 16,
+        "num_classes": 10,
+        "depths": [2, 2],
+        "moe_blocks": [[1], [1]],
+        "drop_path_rate": 0.1,
+        "moe": {
+            "num_experts": 4,
+            "router": {"noise": 1.0},
+            "losses": {"gshard": 0.0},  # unbalanced, so that capacity matters
+            "capacity": {"train": {"kind": "fixed", "factor": 1.25}},
+        },
+    },
+    "data": {"name": "digits", "image_size": 16, "limit": 320},
+    "optim": {"base_lr": 0.005},
+    "train": {"steps": 30, "epochs": None, "batch_size": 32, "eval_batch_size": 40, "eval_every_epochs": None},
+    "checkpoint": {"every_epochs": 0},
+    "log": {"every_steps": 30, "peak_flops": 1e11},
+}
+LAYERS = ("layers.0.blocks.1.mlp", "layers.1.blocks.1.mlp")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(build(RunConfig, {**RUN, "output_dir": str(tmp_path_factory.mktemp("tuned"))}), show=False)[0]
+
+
+@pytest.fixture(scope="module")
+def opened(trained: Path) -> Opened:
+    return open_model(trained)
+
+
+def bench_of(opened: Opened, mode: Any, images: int = 160) -> Workbench:
+    bundle = build_data(opened.run.data, seed=0)
+    return Workbench(opened, mode, batches_for(opened.run, bundle, mode, images, 1))
+
+
+def test_a_tuned_config_keeps_what_was_asked(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    words = ["tune", "capacity", str(trained), "--max-drop", "0.05", "--images", "320", "--rounds", "2"]
+    words += ["--factors", "0.5,1,dropless", "--out", str(out)]
+    with pytest.raises(SystemExit) as ended:
+        app(words)
+    said = capsys.readouterr().out
+    records = read_records(out / "records.jsonl")
+    found = {line["mode"]: line for line in records if line["kind"] == "recommendation"}
+    assert set(found) == {"train", "eval"}
+    assert ended.value.code == int(any(line["failures"] for line in found.values()))
+    for line in found.values():
+        assert line["separate"] and set(line["factors"]) == set(LAYERS)
+        assert max(line["chosen"]["drops"].values()) <= 0.05
+        kept = max(line["checked"]["drops"].values()) <= 0.05
+        assert kept == (not line["failures"])
+        assert line["dropless"]["drop_fraction"] == 0.0
+    assert ("NOT met" in said) == bool(ended.value.code)
+    named = [line["name"] for line in records if line["kind"] == "measurement"]
+    assert len(named) == len(set(named)) == 2 * (2 * 3 + 1)
+    with Image.open(out / "tune.png") as picture:
+        assert picture.size[0] > 400
+
+    tuned = load(RunConfig, out / "tuned.yaml")
+    assert tuned.name == "run_tuned" and tuned.train.steps == 30
+    moe = tuned.model.moe
+    assert moe is not None
+    for layer in LAYERS:
+        own = moe.capacity.of(layer)
+        assert (own.train.kind, own.train.factor) == ("fixed", found["train"]["factors"][layer])
+        assert (own.eval.kind, own.eval.factor) == ("bounded", found["eval"]["factors"][layer])
+    again = open_model(trained, [str(out / "tuned.yaml")])
+    batches = bench_of(again, "eval", 320).batches
+    seen = Workbench(again, "eval", batches[1::2]).look(bench_of(again, "eval").own_setting())
+    assert seen.drops == found["eval"]["checked"]["drops"]  # what was checked is what the file gives
+    plan = plan_finetuning(out / "tuned.yaml", trained)
+    assert plan.run.model.moe == moe
+
+
+def test_a_constraint_that_cannot_be_kept_fails_and_says_why(trained: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    words = ["tune", "capacity", str(trained), "--max-drop", "0.01", "--mode", "eval", "--images", "160"]
+    words += ["--rounds", "1", "--factors", "0.25,0.5", "--out", str(out)]
+    with pytest.raises(SystemExit) as ended:
+        app(words)
+    assert ended.value.code == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "NOT met" in said and "1 % are allowed" in said and "Give larger --factors" in said
+    assert "NOT met" in (out / "tuned.yaml").read_text()
+    layers = yaml.safe_load((out / "tuned.yaml").read_text())["model"]["moe"]["capacity"]["layers"]
+    assert {own["eval"]["factor"] for own in layers.values()} == {0.5}
+    with pytest.raises(ConfigError, match="holds records already"):
+        app(words)
+
+
+def test_the_fastest_within_an_accuracy_is_verified(opened: Opened) -> None:
+    bench = bench_of(opened, "eval", 320)
+    found = tune_capacity(opened, "eval", bench.batches, Asked(within=50.0), factors=(0.25, None), rounds=1)
+    assert not found.verdict.failures and found.separate
+    everything = tune_capacity(opened, "eval", bench.batches[:1], Asked(within=0.0), factors=(None,), rounds=1)
+    assert not everything.separate and not everything.verdict.failures
+
+
+def test_no_drops_asked_means_dropless(opened: Opened) -> None:
+    bench = bench_of(opened, "eval")
+    loads = bench.look(bench.uniform(None)).loads
+    assert set(factors_for(bench, loads, 0.0, (0.5, None)).factors.values()) == {None}
+    assert set(factors_for(bench, loads, 0.0, (0.5, 0.75)).factors.values()) == {0.75}
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_factors_hold_for_the_loads_that_they_lead_to(opened: Opened, mode: Any) -> None:
+    bench = bench_of(opened, mode)
+    for level in (0.02, 0.2):
+        setting = factors_for(bench, bench.look(bench.uniform(None)).loads, level, (None,))
+        seen = bench.look(setting)
+        assert all(0 < drop <= level for drop in seen.drops.values())
+
+
+def test_a_pass_repeats_itself_and_leaves_the_model_as_it_was(opened: Opened) -> None:
+    """Draws of training are keyed by the batch: settings are compared on the same noise."""
+    bench = bench_of(opened, "train")
+    before = {name: layer.cfg for name, layer in bench.layers.items()}
+    setting = Setting(dict.fromkeys(LAYERS, 0.5), True)
+    first = bench.look(setting)
+    bench.look(bench.uniform(None))
+    bench.step(setting)
+    bench.forget_gradients()
+    assert bench.look(setting) == first and first.drop_fraction > 0.1
+    assert {name: layer.cfg for name, layer in bench.layers.items()} == before
+    assert not opened.model.training and all(p.grad is None for p in opened.model.parameters())
+
+
+def test_batches_are_as_large_as_one_process_sees_them(opened: Opened) -> None:
+    bundle = build_data(opened.run.data, seed=0)
+    for mode, whole in (("train", 32), ("eval", 40)):
+        alone = batches_for(opened.run, bundle, mode, 80, 1)
+        shared = batches_for(opened.run, bundle, mode, 80, 2)
+        assert {len(batch) for batch in alone} == {whole} and {len(batch) for batch in shared} == {whole // 2}
+        images = [torch.cat([batch.indices for batch in batches]) for batches in (alone, shared)]
+        assert sorted(images[0].tolist()) == sorted(images[1].tolist())
+
+
+def test_options_that_mean_nothing_are_refused(trained: Path) -> None:
+    for words, said in (
+        ((), "one of them"),
+        (("--max-drop", "0.1", "--within", "1"), "one of them"),
+        (("--max-drop", "1"), r"must be in \[0, 1\)"),
+        (("--within", "100"), r"must be in \[0, 100\)"),
+        (("--max-drop", "0.1", "--mode", "test"), "use one of both, train, eval"),
+        (("--max-drop", "0.1", "--factors", "1,x"), "--factors '1,x': 'x' is neither"),
+        (("--max-drop", "0.1", "--images", "0"), "--images 0 must be at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            app(["tune", "capacity", str(trained), *words])
+
+
+def test_a_dense_model_has_no_capacity(tmp_path: Path) -> None:
+    tree = {**RUN, "model": {**RUN["model"], "moe": None, "moe_blocks": []}, "output_dir": str(tmp_path)}
+    folder, _ = train(build(RunConfig, {**tree, "train": {**RUN["train"], "steps": 1}}), show=False)
+    with pytest.raises(ConfigError, match="needs a sparse model"):
+        app(["tune", "capacity", str(folder), "--max-drop", "0.1"])
+
+
+def test_without_a_folder_the_keys_are_printed(opened: Opened, trained: Path, capsys: Any) -> None:
+    bench = bench_of(opened, "eval")
+    found = tune_capacity(opened, "eval", bench.batches, Asked(max_drop=0.1), factors=(1.0, None), rounds=1)
+    text = io.StringIO()
+    tune.show(found, bench, Console(file=text, width=200))
+    assert all(layer in text.getvalue() for layer in LAYERS) and "by layer, 10 % drops" in text.getvalue()
+    options = tune.CapacityOptions(Asked(max_drop=0.1), "eval", 80, 1, (None,), 1)
+    tune.run_capacity(trained, [], options, which="auto", out=None)
+    printed = capsys.readouterr().out
+    assert "# model.moe.capacity.layers" in printed and f"{LAYERS[0]}:" in printed
