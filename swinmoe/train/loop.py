@@ -38,23 +38,26 @@ def fit(job: Job, arms: Sequence[Arm], start: Start) -> None:
         Preempted: SIGTERM or SIGUSR1 came to one of the ranks; all have stopped after the same step, which is saved.
     """
     go_on_from(job, arms, start)
-    step = start.step
     if all(arm.done for arm in arms):
         return
     saver = make_saver(job, arms)
-    try:
-        _train(job, arms, step, saver)
-    except (NonFiniteLossError, Preempted):  # raised by all ranks alike
+    with StopSignals() as signals:  # until the last file is on the disk: being told to stop must not tear that
+        try:
+            _train(job, arms, start.step, saver, signals)
+        except (NonFiniteLossError, Preempted):  # raised by all ranks alike
+            saver.finish()
+            raise
         saver.finish()
-        raise
-    saver.finish()
+        asked, _ = signals.agree(job.mesh, busy=False)
+    if asked is not None:  # a comparison has more seeds to train, and whoever asked will not wait for them
+        raise _stopped(job, asked, max(arm.step for arm in arms))
 
 
-def _train(job: Job, arms: Sequence[Arm], step: int, saver: Saver) -> None:
+def _train(job: Job, arms: Sequence[Arm], step: int, saver: Saver, signals: StopSignals) -> None:
     limits = [arm.length.steps for arm in arms]
     stop = sys.maxsize if None in limits else max(n for n in limits if n is not None)
     waited = time.perf_counter()
-    with StopSignals() as signals, job.progress.open([(arm.name, arm.length.steps) for arm in arms]):
+    with job.progress.open([(arm.name, arm.length.steps) for arm in arms]):
         for micro_batches in job.stream.iterate(step, stop):
             batches = tuple(place(b, arms[0].device, job.run.train.precision) for b in micro_batches)
             wait = time.perf_counter() - waited
@@ -85,8 +88,12 @@ def _preempt(job: Job, arms: Sequence[Arm], step: int, saver: Saver, signal: str
                 _log_step(job, arm)
         save(job, saver, arms, step)
     saver.finish()
+    raise _stopped(job, signal, step)
+
+
+def _stopped(job: Job, signal: str, step: int) -> Preempted:
     job.records.write("note", text=f"stopped by {signal} after step {step}")
-    raise Preempted(f"stopped by {signal} after step {step}, which is saved; go on with resume=auto")
+    return Preempted(f"stopped by {signal} after step {step}, which is saved; go on with resume=auto")
 
 
 def _after_step(job: Job, arms: Sequence[Arm], running: Sequence[Arm], step: int, saver: Saver) -> None:

@@ -16,7 +16,7 @@ from crashes import RUN, curve, run_config, tensors
 from typer.testing import CliRunner
 
 from swinmoe import from_pretrained
-from swinmoe.checkpoint import checkpoints, load_checkpoint
+from swinmoe.checkpoint import Saver, checkpoints, load_checkpoint
 from swinmoe.cli import app
 from swinmoe.errors import Preempted
 from swinmoe.train import train
@@ -144,3 +144,27 @@ def test_after_a_stop_the_run_goes_on_as_if_nothing_had_been(tmp_path: Path, mon
     assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
     ours, theirs = tensors(tmp_path / "stopped"), tensors(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_told_to_stop_while_the_last_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    """All steps are done, the last files are on their way: they come to their end, and then the run says so."""
+    sound, killed = Saver.finish, []
+
+    def struck(self: Saver) -> None:
+        if self.in_flight and self.last_step == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+        sound(self)
+
+    monkeypatch.setattr(Saver, "finish", struck)
+    before = signal.signal(signal.SIGTERM, lambda *_: killed.append(1))  # what would have ended the process
+    try:
+        with pytest.raises(Preempted, match="stopped by SIGTERM after step 16, which is saved"):
+            train(run_config(tmp_path, checkpoint={"asynchronous": asynchronous}), show=False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not killed
+    assert load_checkpoint(checkpoints(tmp_path / "run" / "checkpoints")[-1]).step == 16
+    train(run_config(tmp_path, resume="auto"), show=False)  # nothing is left to do
