@@ -106,12 +106,13 @@ def run(source: Path, out: Path, edit: Edit, *, data: Path | None, images: int, 
 
 
 def _run_of(source: Path, data: Path | None) -> RunConfig | None:
-    """The run whose data and batch sizes are used: of --data, or the checkpoint's own, where it says so."""
+    """The run whose data and batch sizes are used: of --data, or the checkpoint's own, where it says so. How it was
+    fine-tuned says nothing about the data."""
     if data is not None:
-        return load(RunConfig, data, [])
+        return replace(load(RunConfig, data, []), finetune=None)
     place, arm = locate(source)
     own = (place if place.is_dir() else place.parent) / arm / "config.yaml"
-    return build(RunConfig, read_yaml(own)) if own.is_file() else None
+    return replace(build(RunConfig, read_yaml(own)), finetune=None) if own.is_file() else None
 
 
 @torch.no_grad()

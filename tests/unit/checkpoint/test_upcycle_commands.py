@@ -116,3 +116,13 @@ def test_moments_are_named_as_checkpoints_name_them():
         "a.experts.1.fc1.weight#exp_avg": (3, 4),
         "a.experts.fc1_weight#step": (),
     }
+
+
+def test_a_fine_tuned_run_is_edited_and_scored_too(dense, capsys):
+    """How it was fine-tuned is in its config, and in that of --data: neither is an order to fine-tune again."""
+    sparse, text = up(dense, "sparse"), f"finetune: {{freeze: moe, source: elsewhere}}\n{CONFIG}"
+    (sparse / "config.yaml").write_text(text)
+    (dense.parent / "tuned.yaml").write_text(text)
+    for data, out in ((None, "one"), (dense.parent / "tuned.yaml", "two")):
+        experts.run(sparse, dense.parent / out, experts.Edit(keep=(0, 1)), data=data, images=32, average=False)
+        assert "accuracy on 64 images (test)" in capsys.readouterr().out
