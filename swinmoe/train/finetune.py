@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import yaml
+
+from swinmoe.checkpoint import checkpoints, open_checkpoint
 from swinmoe.checkpoint.load_report import LoadReport
 from swinmoe.config import BalanceLossConfig, FinetuneConfig, RunConfig
-from swinmoe.config.io import Tree, load, with_overrides
-from swinmoe.errors import ConfigError
+from swinmoe.config.io import Tree, build, load, merge, to_tree, with_overrides
+from swinmoe.errors import ConfigError, DamagedError
 from swinmoe.models import SwinTransformer
 from swinmoe.moe.losses import LOSSES, active_losses
 from swinmoe.train.arm import Arm, make_arm
@@ -28,7 +31,8 @@ class Plan:
     """A run, wholly resolved, and the weights that it begins with."""
 
     run: RunConfig
-    source: Pretrained
+    source: Pretrained | None
+    """None: the run goes on from a checkpoint of its own, and needs no other weights."""
     notes: tuple[str, ...] = ()
     """What was decided on the way, for people."""
 
@@ -43,7 +47,8 @@ def plan_finetuning(config: Path | str, source: Path | str | None, overrides: Se
 
     The file's `model` section is laid on top of the source's own configuration: it says what changes (classes, image
     size, window, drop path, capacity ...), or names a `preset` where the source does not say what it is. The image size
-    is that of the data unless said otherwise.
+    is that of the data unless said otherwise. A run that `resume` lets go on takes its model from its own checkpoint,
+    and the source may be gone.
 
     Raises:
         ConfigError: keys that do not exist or contradict each other, or a new head without a number of classes.
@@ -55,17 +60,20 @@ def plan_finetuning(config: Path | str, source: Path | str | None, overrides: Se
         settings = dict(tree.get("finetune") or {})
         if source is not None:
             settings["source"] = str(source)
+        given = dict(tree.get("model") or {})
+        # Checked first: a mistyped key must not cost the reading of a large file.
+        checked = load(RunConfig, config, overrides, prepare=lambda t: {**t, "model": {}, "finetune": settings})
+        assert checked.finetune is not None
+        own = _own_config(checked)
+        if own is not None and own.finetune is not None:
+            settings = {"source": own.finetune.source} | settings
+            given.pop("preset", None)  # it stands for what the checkpoint says in full
+            return {**tree, "model": merge(to_tree(own.model), given), "finetune": settings}
         if not settings.get("source"):
             raise ConfigError("finetune needs weights to begin with: give --from CKPT, or finetune.source in the file")
-        # Checked first: a mistyped key must not cost the reading of a large file.
-        checked = load(
-            RunConfig, config, overrides, prepare=lambda t: {**t, "model": {}, "finetune": settings}
-        ).finetune
-        assert checked is not None
-        found = open_pretrained(checked.source, checked.weights, checked.allow)
+        found = open_pretrained(checked.finetune.source, checked.finetune.weights, checked.finetune.allow)
         opened.append(found)
-        given = dict(tree.get("model") or {})
-        if "num_classes" not in given and checked.head == "new":
+        if "num_classes" not in given and checked.finetune.head == "new":
             raise ConfigError(
                 "finetune.head=new draws a new classifier, but model.num_classes is not said; set it to the number "
                 "of classes of the new data, or finetune.head=keep to go on with the old ones"
@@ -77,7 +85,24 @@ def plan_finetuning(config: Path | str, source: Path | str | None, overrides: Se
         return {**tree, "model": complete_model(given, found), "finetune": settings}
 
     run = load(RunConfig, config, overrides, prepare=prepare)
-    return _settle(Plan(run, opened[0]))
+    return _settle(Plan(run, opened[0] if opened else None))
+
+
+def _own_config(run: RunConfig) -> RunConfig | None:
+    """That of the checkpoint which `run` will go on from; None where it begins anew.
+
+    `restore` decides which checkpoint that is; all of a run say the same of the model.
+    """
+    if run.resume == "never":
+        return None
+    folder = Path(run.output_dir) / run.name / "checkpoints"
+    there = [Path(run.resume)] if run.resume != "auto" else checkpoints(folder)[::-1]
+    for path in there:
+        try:
+            return build(RunConfig, yaml.safe_load(open_checkpoint(path).read_text("config.yaml")))
+        except DamagedError:  # passed over, or refused, by `restore`, which says why
+            continue
+    return None
 
 
 def _settle(plan: Plan) -> Plan:
@@ -110,10 +135,11 @@ def finetune(plan: Plan, *, show: bool = True) -> tuple[Path, Arm]:
     with open_session("finetune", run, config=run, folder=folder, resume=run.resume, show=show) as session:
         job = session.job(run)
         length = Length(steps=planned_steps(run.train, job.stream.steps_per_epoch))
-        begun: list[tuple[LoadReport, tuple[str, ...]]] = []
+        begun: list[tuple[LoadReport | None, tuple[str, ...]]] = []
 
         def prepare(model: SwinTransformer) -> None:
-            begun.append((begin_with(model, plan), freeze(model, plan.settings.freeze)))
+            report = None if plan.source is None else begin_with(model, plan.source, plan.settings)
+            begun.append((report, freeze(model, plan.settings.freeze)))
 
         arm = make_arm(
             "model", run, session.mesh, session.accelerator, length, job.stream.steps_per_epoch, prepare=prepare
@@ -126,20 +152,16 @@ def finetune(plan: Plan, *, show: bool = True) -> tuple[Path, Arm]:
     return folder, arm
 
 
-def begin_with(model: SwinTransformer, plan: Plan) -> LoadReport:
-    """Bring the plan's weights into a fresh model; the report, in which a new head is told from missing tensors.
+def begin_with(model: SwinTransformer, source: Pretrained, settings: FinetuneConfig) -> LoadReport:
+    """Bring `source` into a fresh model; the report, in which a new head is told from missing tensors.
 
     Raises:
         SwinMoEError: see `load_weights`.
     """
-    settings = plan.settings
     if settings.head == "keep":
-        return load_weights(
-            model, plan.source, allow=settings.allow, class_map=settings.class_map, how=settings.upcycle
-        )
-    headless = without_head(plan.source)
-    report = load_weights(model, headless, allow=(*settings.allow, "head.*"), how=settings.upcycle)
-    left = tuple(name for name in HEAD if name in plan.source.found.named)
+        return load_weights(model, source, allow=settings.allow, class_map=settings.class_map, how=settings.upcycle)
+    report = load_weights(model, without_head(source), allow=(*settings.allow, "head.*"), how=settings.upcycle)
+    left = tuple(name for name in HEAD if name in source.found.named)
     return replace(
         report,
         reinitialised={**report.reinitialised, **dict.fromkeys((n for n in report.missing if n in HEAD), "a new head")},
@@ -148,26 +170,28 @@ def begin_with(model: SwinTransformer, plan: Plan) -> LoadReport:
     )
 
 
-def _tell(session: Session, plan: Plan, arm: Arm, report: LoadReport, frozen: Sequence[str]) -> None:
+def _tell(session: Session, plan: Plan, arm: Arm, report: LoadReport | None, frozen: Sequence[str]) -> None:
     """The load record, and the same in a few lines for people."""
-    settings = plan.settings
-    session.records.write(
-        "load",
-        arm=arm.name,
-        seed=arm.run.seed,
-        source=report.source,
-        weights=plan.source.weights,
-        loaded=report.loaded,
-        resized=dict(report.resized),
-        reinitialised=dict(report.reinitialised),
-        unused=report.unused,
-        missing=report.missing,
-        upcycled=bool(arm.raw.moe_layers()) and not plan.source.sparse,
-        freeze=settings.freeze,
-        frozen=frozen,
-    )
-    say = session.progress.say
-    say(report.summary())
+    settings, say = plan.settings, session.progress.say
+    if report is None or plan.source is None:
+        say(f"goes on from a checkpoint of its own; {settings.source} is not read again")
+    else:
+        session.records.write(
+            "load",
+            arm=arm.name,
+            seed=arm.run.seed,
+            source=report.source,
+            weights=plan.source.weights,
+            loaded=report.loaded,
+            resized=dict(report.resized),
+            reinitialised=dict(report.reinitialised),
+            unused=report.unused,
+            missing=report.missing,
+            upcycled=bool(arm.raw.moe_layers()) and not plan.source.sparse,
+            freeze=settings.freeze,
+            frozen=frozen,
+        )
+        say(report.summary())
     parameters = list(arm.raw.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     held = f", {len(frozen)} tensors frozen (finetune.freeze={settings.freeze})" if frozen else ""

@@ -183,7 +183,11 @@ def test_a_kept_head_by_class_map(sparse: Path, tmp_path: Path) -> None:
     assert torch.equal(_tensors(folder)["head.weight"], _tensors(sparse)["head.weight"][[6, 0, 3]])
 
 
-def test_a_resumed_fine_tuning_equals_an_uninterrupted_one(sparse: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", [True, False])
+def test_a_resumed_fine_tuning_equals_an_uninterrupted_one(
+    sparse: Path, tmp_path: Path, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it needs its source no more, whether --from is said again or not."""
     save = {"checkpoint": {"every_steps": 2, "keep_last": 9}, "finetune": {"freeze": "experts"}}
     path = _file(tmp_path, optim={"layer_decay": 0.7}, **save)
     whole, _ = finetune(plan_finetuning(path, sparse), show=False)
@@ -191,11 +195,19 @@ def test_a_resumed_fine_tuning_equals_an_uninterrupted_one(sparse: Path, tmp_pat
     last = checkpoints(halved / "checkpoints")[-1]
     for file in last.iterdir():
         file.unlink()
-    resumed, _ = finetune(plan_finetuning(path, sparse, ["name=halved", "resume=auto"]), show=False)
+    monkeypatch.setattr("swinmoe.train.finetune.open_pretrained", None)  # the source is gone
+    plan = plan_finetuning(path, sparse if said else None, ["name=halved", "resume=auto"])
+    assert plan.source is None and plan.settings.source == str(sparse)
+    resumed, _ = finetune(plan, show=False)
     for group in ("model", "optimizer"):
         one, two = _tensors(whole, group), _tensors(resumed, group)
         assert one.keys() == two.keys() and _same(one, two) == set(one)
     assert checkpoints(resumed / "checkpoints")[-1].name == last.name
+    (load,) = (line for line in read_records(resumed / "records.jsonl") if line["kind"] == "load")
+    assert load["source"] == str(sparse)
+    other = plan_finetuning(path, sparse, ["name=halved", "resume=auto", "model.drop_path_rate=0.4"])
+    with pytest.raises(CheckpointError, match=r"model\.drop_path_rate \(saved 0\.1, now 0\.4\)"):
+        finetune(other, show=False)
 
 
 def test_weights_of_nobody_we_know_need_no_more_than_a_state_dict(tmp_path: Path) -> None:
