@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from swinmoe.checkpoint.manifest import MANIFEST, FileRecord, Manifest, read_man
 from swinmoe.checkpoint.outcome import share
 from swinmoe.checkpoint.reader import STATE, checkpoints, is_complete, step_of
 from swinmoe.checkpoint.spread import Held, Shard, shards, wholes
-from swinmoe.checkpoint.tensor_file import TensorWriter, sha256
+from swinmoe.checkpoint.tensor_file import TensorWriter, named, sha256
 from swinmoe.errors import CheckpointError
 from swinmoe.parallel import Mesh
 
@@ -60,6 +61,8 @@ class _Flight:
     records: dict[str, FileRecord] = field(default_factory=dict)
     """Of the files that this rank has written."""
     error: Exception | None = None
+    left: Exception | None = None
+    """Why older checkpoints could not be removed: this one is there nevertheless."""
     thread: threading.Thread | None = None
     publishing: bool = False
 
@@ -163,6 +166,13 @@ class Saver:
             self._give_up(flight)
             raise
         self._flight = None
+        if flight.left is not None:
+            warnings.warn(
+                f"checkpoint {str(self._final(flight))!r} is saved, but older ones could not be removed "
+                f"({flight.left}): the disk may fill; remove them by hand",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def finish(self) -> None:
         """Bring what is on its way to its end. A collective call.
@@ -210,8 +220,9 @@ class Saver:
             shutil.rmtree(flight.aside, ignore_errors=True)
 
     def _publish(self, flight: _Flight) -> None:
-        """The main rank's last part: manifest, names, and the end of old checkpoints."""
-        final = self.folder / f"step-{flight.step:08d}"
+        """The main rank's last part: manifest, names, and the end of old checkpoints. Whatever goes wrong is kept for
+        `advance`: in a thread nobody else would see it, and the other ranks wait there."""
+        final = self._final(flight)
         try:
             for name, text in flight.texts.items():
                 flight.records[name] = write_text(flight.aside / name, text)
@@ -224,9 +235,16 @@ class Saver:
             flight.aside.rename(final)
             _sync(self.folder)
             point_to(self.folder, final.name)
-            self._prune(final)
-        except OSError as error:
+        except Exception as error:
             flight.error = error
+            return
+        try:
+            self._prune(final)
+        except Exception as error:
+            flight.left = error
+
+    def _final(self, flight: _Flight) -> Path:
+        return self.folder / f"step-{flight.step:08d}"
 
     def _prune(self, newest: Path) -> None:
         others = [path for path in checkpoints(self.folder) if path != newest and is_complete(path)]
@@ -288,9 +306,11 @@ def _explain(flight: _Flight) -> CheckpointError | None:
 
 
 def _cannot_write(final: Path, error: Exception) -> CheckpointError:
+    way_out = "free space or choose another output_dir"
+    if not isinstance(error, OSError):  # the disk has nothing to do with it
+        way_out = f"this is a {type(error).__name__}, which --debug shows whole"
     said = CheckpointError(
-        f"could not write checkpoint {str(final)!r}: {error}; earlier checkpoints are intact; free space or choose "
-        "another output_dir"
+        f"could not write checkpoint {str(final)!r}: {error}; earlier checkpoints are intact; {way_out}"
     )
     said.__cause__ = error
     return said
@@ -307,7 +327,7 @@ def _index(files: list[Shard]) -> str:
 def write_text(path: Path, text: str) -> FileRecord:
     """Write a small file and bring it to the disk."""
     data = text.encode()
-    with path.open("wb") as file:
+    with named(path, "writing it"), path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -17,6 +17,7 @@ import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -232,7 +233,7 @@ class TensorWriter:
         shapes: what will be written, by name.
 
     Raises:
-        OSError: the disk is full or not writable.
+        OSError: the disk is full or not writable; names the file, and the tensor that it happened in.
     """
 
     def __init__(self, path: Path, shapes: Mapping[str, Shape]) -> None:
@@ -245,7 +246,7 @@ class TensorWriter:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="sha256")
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            self._put(memoryview(header), 0)
+            self._put(memoryview(header), 0, "its header")
         except OSError:
             self.abandon()
             raise
@@ -255,14 +256,15 @@ class TensorWriter:
         data = bytes_of(tensor.detach().cpu().contiguous())
         self._settle()
         self._hashing = (name, self._pool.submit(sha256, data))  # beside the writing: both leave Python alone
-        self._put(data, self._starts[name])
+        self._put(data, self._starts[name], f"tensor {name!r}")
         self._missing.discard(name)
 
     def close(self) -> tuple[int, Digests]:
         """Bring the file to the disk; its size and digests."""
         assert not self._missing, f"{self.path} lacks {sorted(self._missing)[:5]}"
         self._settle()
-        os.fsync(self._handle)
+        with named(self.path, "bringing it to the disk"):
+            os.fsync(self._handle)
         self.abandon()
         return self._size, Digests(self._header, dict(self._digests))
 
@@ -279,10 +281,20 @@ class TensorWriter:
             self._digests[name] = digest.result()
             self._hashing = None
 
-    def _put(self, data: memoryview, start: int) -> None:
+    def _put(self, data: memoryview, start: int, what: str) -> None:
         done = 0
-        while done < len(data):
-            done += os.pwrite(self._handle, data[done:], start + done)
+        with named(self.path, f"writing {what}"):
+            while done < len(data):
+                done += os.pwrite(self._handle, data[done:], start + done)
+
+
+@contextmanager
+def named(path: Path, doing: str) -> Iterator[None]:
+    """An `OSError` from within says which file it was, and what was being done to it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}, {doing}", str(path)) from error
 
 
 def _layout(shapes: Mapping[str, Shape]) -> tuple[bytes, dict[str, int], int]:

@@ -184,3 +184,50 @@ def test_a_failed_write_leaves_the_previous_one(
     assert _names(tmp_path) == ["latest", "step-00000001"]
     _save(tmp_path, 2, keep_last=1, asynchronous=asynchronous)
     assert _names(tmp_path) == ["latest", "step-00000002"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("what", ["tensor 'w'", "its header", "bringing it to the disk"])
+def test_a_full_disk_names_file_and_tensor(
+    tmp_path: Path, what: str, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int, data: Any = b"", at: int = 0) -> int:
+        if what == "bringing it to the disk" or (at == 0) == (what == "its header"):
+            raise OSError(28, "No space left on device")
+        return len(data)
+
+    monkeypatch.setattr(os, "fsync" if "disk" in what else "pwrite", full)
+    with pytest.raises(CheckpointError, match=rf"No space left.*{what}.*/model-00001-of-00001\.safetensors'; earlier"):
+        _save(tmp_path, 2, asynchronous=asynchronous)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_whatever_goes_wrong_while_publishing_is_said(
+    tmp_path: Path, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the background too: a checkpoint that is not there must not pass for one that is."""
+    good = _save(tmp_path, 1)
+
+    def broken(*_: object) -> None:
+        raise TypeError("a mistake of ours")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("swinmoe.checkpoint.saver.write_text", broken)
+        with pytest.raises(CheckpointError, match="step-00000002': a mistake of ours; .*this is a TypeError"):
+            _save(tmp_path, 2, asynchronous=asynchronous)
+    assert latest_checkpoint(tmp_path) == good
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_old_checkpoints_that_stay_are_no_failure_to_write(
+    tmp_path: Path, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _save(tmp_path, 1)
+
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("swinmoe.checkpoint.saver._discard", refused)
+    with pytest.warns(RuntimeWarning, match=r"step-00000002' is saved, but older .*Permission denied.*step-00000001"):
+        new = _save(tmp_path, 2, keep_last=1, asynchronous=asynchronous)
+    assert latest_checkpoint(tmp_path) == new and load_checkpoint(new).step == 2
