@@ -7,6 +7,7 @@ across others. Their times are the host's; on CUDA that is when kernels were lau
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -32,6 +33,8 @@ def traced(path: Path, device: torch.device | str = "cpu") -> Iterator[None]:
     activities = [ProfilerActivity.CPU]
     if torch.device(device).type == "cuda":
         activities.append(ProfilerActivity.CUDA)
+    else:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else it complains that there is no GPU
     track = Timeline(time.time_ns, lambda start, end: (end - start) / 1e6)
     with profile(activities=activities) as profiler, phases.listen(track):
         yield
