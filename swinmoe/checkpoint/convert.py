@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from swinmoe.checkpoint.infer import HABITS, infer_config
+from swinmoe.checkpoint.infer import habits, infer_config
 from swinmoe.checkpoint.load import ClassMap, load_pretrained
 from swinmoe.checkpoint.load_report import LoadReport
 from swinmoe.checkpoint.source import Source
@@ -37,8 +37,7 @@ def model_of(
     """
     over = dict(overrides or {})
     if preset is not None:
-        habits = HABITS.get(source.layout.split("-")[0], {})
-        config = build(ModelConfig, merge(merge({"preset": preset}, habits), over))
+        config = build(ModelConfig, merge(merge({"preset": preset}, habits(source)), over))
     elif source.config is not None:
         config = with_overrides(source.config, over)
     else:

@@ -19,13 +19,30 @@ from swinmoe.models.stage import stage_window
 
 Pair = tuple[int, int]
 
+_MASK = -100.0
 _PADS = {"pad_keys": "attend", "small_map": "pad"}
-HABITS: dict[str, dict[str, Any]] = {
-    "torchvision": _PADS,
-    "mmdet": _PADS,
-    "huggingface": {"pad_keys": "attend"},
+_HABITS: dict[str, dict[str, Any]] = {
+    "microsoft": {"mask_value": _MASK},
+    "swin-moe": {"mask_value": _MASK},
+    "timm": {"mask_value": _MASK},
+    "torchvision": {**_PADS, "mask_value": _MASK},
+    "mmdet": {**_PADS, "mask_value": _MASK},
+    "huggingface": {"pad_keys": "attend", "mask_value": _MASK},
+    "huggingface-v2": {"pad_keys": "attend", "mask_value": 2 * _MASK},
 }
-"""What other libraries do on maps that are no multiple of the window, or smaller than it."""
+
+
+def habits(source: Source) -> dict[str, Any]:
+    """What the source's code does that no shape tells, as keys of `ModelConfig`.
+
+    How it pads maps that are no multiple of the window, or smaller than it; and what it adds to the logits of tokens
+    that must not see each other: -100, which is not out of reach of Swin V2's logits (scales go up to 100), so that
+    hiding them altogether is another function. Hugging Face's V2 adds its -100 twice.
+    """
+    if source.config is not None:
+        return {key: getattr(source.config, key) for key in ("pad_keys", "small_map", "mask_value")}
+    layout = source.layout.removesuffix("-bare")
+    return dict(_HABITS.get(layout) or _HABITS.get(layout.split("-")[0]) or {})
 
 
 def infer_config(source: Source, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -70,7 +87,7 @@ def infer_config(source: Source, overrides: Mapping[str, Any] | None = None) -> 
         "patch_norm": "patch_embed.norm.weight" in named,
         "absolute_pos_embed": "absolute_pos_embed" in named,
         "drop_path_rate": 0.0,
-        **HABITS.get(source.layout.split("-")[0], {}),
+        **habits(source),
         **source.hints,
     }
     if dense:

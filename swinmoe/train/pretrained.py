@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from swinmoe.checkpoint import model_config, open_checkpoint, read_model
-from swinmoe.checkpoint.infer import infer_config
+from swinmoe.checkpoint.infer import habits, infer_config
 from swinmoe.checkpoint.load import load_pretrained, source_references
 from swinmoe.checkpoint.load_report import LoadReport
 from swinmoe.checkpoint.manifest import MANIFEST
@@ -80,11 +80,12 @@ def open_pretrained(path: Path | str, which: Which = "auto", allow: Sequence[str
 def complete_model(given: Tree, source: Pretrained) -> Tree:
     """The keys of a model that is to hold `source`: those given, on top of the source's own.
 
-    A named preset stands for itself. Offsets of log-spaced position biases stay normalised by the source's windows, as
-    they must for the function to stay what it was, whatever the new window.
+    A named preset stands for itself, but for what the source's code does and no preset says (`habits`). Offsets of
+    log-spaced position biases stay normalised by the source's windows, as they must for the function to stay what it
+    was, whatever the new window.
     """
     if given.get("preset", "custom") != "custom":
-        tree = dict(given)
+        tree = merge(habits(source.found), given)
     else:
         tree = merge(to_tree(source.config()), given)
     if "pretrained_window_sizes" not in given:

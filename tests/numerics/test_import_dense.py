@@ -10,12 +10,12 @@ import torch
 from import_weights import DERIVED, draw, images, recorded
 from torch import Tensor, nn
 
+from swinmoe.checkpoint.convert import model_of
 from swinmoe.checkpoint.export import export_state
-from swinmoe.checkpoint.infer import infer_config
-from swinmoe.checkpoint.load import load_pretrained
 from swinmoe.checkpoint.source import Source, read_source
 from swinmoe.errors import CheckpointError
-from swinmoe.models import SwinTransformer, build_model
+from swinmoe.models import SwinTransformer
+from swinmoe.train.pretrained import Pretrained, complete_model
 
 MICROSOFT, MICROSOFT_FACTS = recorded("swin_microsoft.safetensors")
 HUGGINGFACE, HUGGINGFACE_FACTS = recorded("swin_huggingface.safetensors")
@@ -34,10 +34,8 @@ def stored(vectors: dict[str, Tensor], case: str) -> dict[str, Tensor]:
 
 
 def ours(source: Source, allow: tuple[str, ...] = (), **over) -> SwinTransformer:
-    """The model that the weights alone lead to, with them."""
-    model = build_model(infer_config(source, {"mask_value": -100.0, **over})).eval()
-    load_pretrained(model, source, allow=allow)
-    return model
+    """The model that the weights alone lead to, with them, as `swinmoe convert` makes it."""
+    return model_of(source, overrides=over, allow=allow)[0].eval()
 
 
 @torch.no_grad()
@@ -82,13 +80,37 @@ def test_huggingface(case: str) -> None:
     if case.startswith("v2"):  # keeps no tables in its files: they do not tell the window
         with pytest.raises(CheckpointError, match="does not tell its window"):
             ours(read_source(weights))
-        over |= {"window_size": config["window_size"], "mask_value": -200.0}  # it adds its mask of -100 twice
+        over |= {"window_size": config["window_size"]}
         over |= {"pretrained_window_sizes": config.get("pretrained_window_sizes")}
     model = ours(read_source(weights), **over)
     gap = logits_of(model, HUGGINGFACE_FACTS, case) - HUGGINGFACE[f"{case}/logits"]
     assert float(gap.abs().max()) <= 1e-5
     if not case.endswith("bare"):
         assert_equal(export_state(model, "huggingface"), weights)
+
+
+def test_masks_are_those_of_the_source_whatever_is_said_besides() -> None:
+    """On top of a preset too; and what is said counts more. Hugging Face's V2 adds its mask of -100 twice."""
+    weights = parameters(MICROSOFT_FACTS, "v2")
+    state = {**weights, **stored(MICROSOFT, "v2")}
+    size = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in MICROSOFT_FACTS["v2"]["config"].items()
+        if key in ("img_size", "window_size", "embed_dim", "depths", "num_heads", "num_classes", "in_chans")
+    }
+    for said, value in (({}, -100.0), ({"mask_value": None}, None), ({"mask_value": -9.0}, -9.0)):
+        model, _ = model_of(read_source(state), preset="swin_v2_t_256_w8", overrides={**size, **said})
+        assert model.config.mask_value == value
+        tuned = complete_model(
+            {"preset": "swin_v2_t_256_w8", **said}, Pretrained("x", read_source(state), "model", None)
+        )
+        assert tuned["mask_value"] == value
+    for case in sorted(HUGGINGFACE_FACTS):
+        config = HUGGINGFACE_FACTS[case]["config"]
+        over = {"img_size": config["image_size"], "window_size": config["window_size"]}
+        assert ours(read_source(parameters(HUGGINGFACE_FACTS, case)), **over).config.mask_value == (
+            -200 if case.startswith("v2") else -100
+        )
 
 
 def test_huggingface_in_memory() -> None:
@@ -130,6 +152,8 @@ def live(library: str, version: str) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(draw(name, tuple(parameter.shape), 5))
+            if name.endswith("logit_scale"):
+                parameter.fill_(5.0)  # above ln 100: logits come near what masks add, and only the same mask will do
             if library == "torchvision" and version == "v2" and name.endswith("qkv.bias"):
                 dim = len(parameter) // 3
                 parameter[dim : 2 * dim] = 0  # as it is after the first forward
@@ -148,6 +172,7 @@ def test_timm_and_torchvision(library: str, version: str, side: int) -> None:
     state = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
     over = {"window_size": 4, "img_size": 64} if library == "timm" and version == "v2" else {}
     model = ours(read_source(state), **over)
+    assert model.config.mask_value == -100
     x = images(2, side, 9)
     assert float((model(x).logits - theirs(x)).abs().max()) <= 1e-5
     back = export_state(model, library)

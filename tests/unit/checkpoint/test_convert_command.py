@@ -63,7 +63,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_there_and_back(style: str, to: str, tmp_path: Path) -> None:
     model = dense(style=style)
     write_export(model, tmp_path / "theirs", to)
-    settings = ["img_size=32", "window_size=4", "pad_keys=mask", "small_map=shrink", "drop_path_rate=0.1"]
+    settings = ["img_size=32", "window_size=4", "pad_keys=mask", "small_map=shrink", "drop_path_rate=0.1", "mask_value=null"]
     convert.run([str(tmp_path / "theirs"), str(tmp_path / "ours"), *settings])
     assert model_config(tmp_path / "ours") == model.config
     again = build_model(model_config(tmp_path / "ours"), seed=9)
