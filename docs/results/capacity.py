@@ -205,7 +205,8 @@ def lines_of(folder: Path, name: str, kind: str) -> list[list[Mapping[str, Any]]
 def page(folder: Path, target: Path) -> None:
     """Write the page and its pictures from what `run` left."""
     homes = sorted(folder.glob("seed-*"))
-    environment = lines_of(folder, "dense", "run")[0][0]["environment"]
+    begun = lines_of(folder, "dense", "run")[0][0]
+    environment, train = begun["environment"], begun["config"]["train"]
     pictures = target.parent / "capacity"
     pictures.mkdir(parents=True, exist_ok=True)
     (pictures / "table.png").write_bytes(_curves(folder))
@@ -214,7 +215,7 @@ def page(folder: Path, target: Path) -> None:
     dense = [lines[-1]["accuracy"] for lines in lines_of(folder, "dense", "final")]
     out = [
         "# Capacity: Swin-MoE's table, the tuner, and a factor that follows the load",
-        f"{datetime.now(UTC):%Y-%m-%d}, commit {str(environment['git_commit'])[:7]}, {len(homes)} seeds, one CPU core "
+        f"{datetime.now(UTC):%Y-%m-%d}, commit {str(environment['git_commit'])[:7]}, seeds: {len(homes)}, one CPU core "
         "each.",
         "",
         "```sh",
@@ -222,9 +223,9 @@ def page(folder: Path, target: Path) -> None:
         f"python docs/results/capacity.py page --out runs/capacity --page {target.as_posix()}",
         "```",
         "",
-        f"Three blocks of width {MODEL['embed_dim']} on Fashion-MNIST, 8 experts in each, gate noise 1, {STEPS} steps",
-        "of 128 images; capacity fixed, as Swin-MoE has it. Accuracy in percent, mean over seeds ± half of the 95 % t",
-        f"interval. Dense, on all test images: {cell(dense)}.",
+        f"Three blocks of width {MODEL['embed_dim']} on Fashion-MNIST, 8 experts in each, gate noise 1, {train['steps']}",
+        f"steps of {train['batch_size']} images; capacity fixed, as Swin-MoE has it. Accuracy in percent, mean over seeds",
+        f"± half of the 95 % t interval. Dense, on all test images: {cell(dense)}.",
         "",
         "## Accuracy over capacity in training and in evaluation",
         "The shape of table 12 of the Tutel paper (Hwang et al. 2023), with batch-prioritised routing (BPR) in",
@@ -270,7 +271,7 @@ def page(folder: Path, target: Path) -> None:
         f"![factor and need over steps]({pictures.name}/followed.png)",
         "",
         "## What it does not show",
-        f"- {len(homes)} seeds of a model of some hundred thousand parameters, trained for a minute: small differences",
+        "- Few seeds of a model of some hundred thousand parameters, trained for a minute: small differences",
         "  are within the intervals, and nothing here is about other sizes.",
         "- All experts are on one process: what capacity saves in an exchange between ranks is not in these times.",
         "- Drops of the log are means over ten steps and a layer; the promise of the adaptive policy, which is per",

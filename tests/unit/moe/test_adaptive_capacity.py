@@ -18,6 +18,7 @@ def excess(loads: list[int], cut: int) -> int:
     return sum(max(0, load - cut) for load in loads)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=12), st.integers(0, 80))
 def test_the_least_cut_is_the_first_that_drops_no_more(loads, allowed):
     cut = int(least_cut(torch.tensor(loads), allowed))

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swinmoe.config import AdaptConfig, ModelConfig
@@ -28,6 +28,7 @@ rules = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(factors, factors, rules)
 def test_it_stays_between_floor_and_ceiling_and_covers_the_need(factor, need, rule):
     after = next_factor(rule.clamp(factor), need, rule)
@@ -35,6 +36,7 @@ def test_it_stays_between_floor_and_ceiling_and_covers_the_need(factor, need, ru
     assert after >= min(need, rule.ceiling or need)
 
 
+@settings(deadline=None)
 @given(factors, factors, rules)
 def test_it_rests_once_it_has_followed(factor, need, rule):
     """No swinging: the same need again changes nothing, nor does any that is smaller by less than the hysteresis."""
@@ -44,6 +46,7 @@ def test_it_rests_once_it_has_followed(factor, need, rule):
         assert next_factor(after, need / (1 + 0.99 * rule.hysteresis), rule) == after
 
 
+@settings(deadline=None)
 @given(factors, factors, factors, rules)
 def test_more_need_never_means_fewer_slots(factor, one, other, rule):
     low, high = sorted((one, other))
@@ -78,6 +81,7 @@ def stats_of(routed: list[int], layer: MoEMlp) -> RoutingStats:
     return RoutingStats(counts, counts, torch.tensor(tokens), zero, {}, zero, counts[:0])
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=4, max_size=4), st.integers(1, 3), st.sampled_from([0.0, 0.01, 0.2]))
 def test_the_need_is_the_least_factor_that_keeps_the_promise(loads, top_k, max_drop):
     swin = model({"train": {"kind": "adaptive", "adapt": {"max_drop": max_drop}, "min_slots": 0}}, top_k)
