@@ -22,7 +22,9 @@ class _SavedOnHost(torch.autograd.graph.save_on_cpu):
         pack, unpack = self.pack_hook, self.unpack_hook
 
         def pack_activation(tensor: Tensor) -> Any:
-            return tensor if isinstance(tensor, nn.Parameter) else pack(tensor)
+            # A matrix product saves its weight as a transposed view.
+            whole = tensor if tensor._base is None else tensor._base
+            return tensor if isinstance(whole, nn.Parameter) else pack(tensor)
 
         def unpack_activation(packed: Any) -> Tensor:
             found: Tensor = packed if isinstance(packed, Tensor) else unpack(packed)
@@ -35,7 +37,7 @@ def saved_on_host(device: torch.device) -> AbstractContextManager[object]:
     """Within it, what a forward pass on `device` saves for its backward pass is copied to the host, pinned for a GPU.
 
     Values are the same to the bit. What is recomputed (`model.grad_checkpointing`) saves its inputs only, and those
-    travel; what an autograd Function keeps without `save_for_backward` stays. On a CPU nothing is gained: the copies
-    lie in the same memory. Never run on a GPU.
+    travel; what an autograd Function keeps without `save_for_backward` stays. On a CPU it is nothing: the host's copy
+    of a host's tensor is that tensor. Never run on a GPU.
     """
     return _SavedOnHost(pin_memory=device.type == "cuda")
