@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from micro import MICRO
 from pool import Pool
 
-from swinmoe.config import MoEConfig, ParallelConfig
+from swinmoe.config import MoEConfig, ParallelConfig, RunConfig
+from swinmoe.config.io import build
 from swinmoe.config.profile import LayerSweepConfig
 from swinmoe.moe import MoEMlp, phases
 from swinmoe.parallel import apply_expert_parallel, make_mesh, no_sync
 from swinmoe.profiling import take_turns
 from swinmoe.profiling.layer import profile_layer
+from swinmoe.profiling.model import profile_model
 from swinmoe.profiling.session import profile_session
 from swinmoe.profiling.timeline import watch
 from swinmoe.records import read_records
@@ -181,6 +184,33 @@ def test_bytes_are_those_of_the_rows_that_travel(pool2: Pool) -> None:
     assert line["bandwidth"] * line["exchange_ms"] / 1000 == pytest.approx(rows)
     assert rows < line["bytes_sent"] < rows + 200, "and counts and balance statistics besides"
     assert line["balanced_ms"] == line["ms"]["median"]
+
+
+def model_lines() -> list[dict[str, Any]]:
+    """A small model's training steps, experts spread over two processes."""
+    run = build(
+        RunConfig,
+        {
+            "model": {**MICRO, "moe": {"num_experts": 4, "top_k": 1}},
+            "data": {"name": "digits"},
+            "train": {"batch_size": 6, "steps": 1, "accumulation": 2},
+            "parallel": {"ep_size": 2},
+        },
+    )
+    return list(profile_model({"small": run}, rounds=2))
+
+
+def test_a_model_over_two_processes(pool2: Pool) -> None:
+    first, second = pool2.run(model_lines)
+    assert [line["ms"] for line in first] == [line["ms"] for line in second]
+    dense, sparse = first
+    assert (dense["ranks"], sparse["ranks"], sparse["variant"]["world"]) == (1, 2, 2)
+    assert dense["exposed_ms"] is None
+    exchanged = [own[name] for own in sparse["phases"].values() for name in own if name.startswith("exchange")]
+    assert sparse["exposed_ms"] == pytest.approx(sum(exchanged))
+    assert min(dense["bytes_sent"], sparse["bytes_sent"]) > 0
+    assert sparse["phases"]["backward"]["exchange_out"] > 0 == dense["phases"]["backward"]["exchange_out"]
+    assert sparse["rows"]["routed"] == sparse["rows"]["kept"]
 
 
 def recorded(folder: Path) -> int:
