@@ -191,11 +191,16 @@ def compare(config: Config, overrides: Overrides = None, shrink: Shrink = False)
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="A run's output folder.", show_default=False)]) -> None:
-    """Write a run's report again from its records."""
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="A run's folder; of profiles several.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where to; default: the first folder.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a run's report again from its records, or one page of several profiles."""
     from swinmoe.commands import report as command
 
-    command.run(folder)
+    command.run(folders, out)
 
 
 Checkpoint = Annotated[

@@ -22,6 +22,7 @@ from swinmoe.profiling.breakdown import EXCHANGE
 from swinmoe.profiling.layer import profile_layer
 from swinmoe.profiling.model import profile_model
 from swinmoe.profiling.session import ProfileSession, profile_session
+from swinmoe.report import write_profile_report
 from swinmoe.runtime import launched_rank
 
 Line = dict[str, Any]
@@ -186,9 +187,12 @@ def record(session: ProfileSession, lines: Iterable[Line]) -> list[Line]:
 
 
 def tell_where(out: Path | None) -> None:
-    """Name the records."""
+    """Write the page of the records, and name both."""
     if out is not None and launched_rank() == 0:
-        Console(stderr=True, highlight=False).print(f"records: {out / 'records.jsonl'}", markup=False, soft_wrap=True)
+        records = out / "records.jsonl"
+        page = write_profile_report([records], out)
+        console = Console(stderr=True, highlight=False)
+        console.print(f"records: {records}\nreport: {page.html}", markup=False, soft_wrap=True)
 
 
 def show(lines: list[Line], console: Console) -> None:
