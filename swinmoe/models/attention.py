@@ -122,8 +122,8 @@ class WindowAttention(nn.Module):
         (rows, cols), (wh, ww) = grid.counts, grid.window
         batch, dim = qkv.shape[0], qkv.shape[-1] // 3
         if self._blocked(qkv):
-            cosine = self.style.similarity == "cosine"
-            return blocked_attention(qkv, bias, self._scale(1).view(-1) if cosine else None, tables.mask, grid)
+            scale = self._scale(1).view(-1) if self.style.similarity == "cosine" else None
+            return blocked_attention(qkv, bias, scale, tables.mask, grid, self.mask_value)
         qkv = qkv.view(batch, rows, wh, cols, ww, 3, heads, dim // heads).permute(5, 0, 1, 3, 6, 2, 4, 7)
         # Without a mask the bias differs by head only; with one, by window and head: either way axis 1 is the bias's.
         lead = (batch * grid.num_windows, heads) if tables.mask is None else (batch, grid.num_windows * heads)
@@ -143,7 +143,7 @@ class WindowAttention(nn.Module):
         if self.attention_impl != "auto" or qkv.device.type != "cpu" or torch.compiler.is_compiling():
             return False
         dropped = self.attn_drop > 0 and self.training
-        return qkv.dtype in (torch.float32, torch.float64) and not dropped and self.mask_value is None
+        return qkv.dtype in (torch.float32, torch.float64) and not dropped
 
     def _weigh(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
         """(b, a, N, d) three times and an additive bias (a, N, N) -> (b, a, N, d)."""

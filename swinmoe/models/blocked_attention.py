@@ -34,7 +34,12 @@ class _Block(NamedTuple):
 
 
 def blocked_attention(
-    qkv: Tensor, bias: Tensor, head_scale: Tensor | None, mask: Tensor | None, grid: WindowGrid
+    qkv: Tensor,
+    bias: Tensor,
+    head_scale: Tensor | None,
+    mask: Tensor | None,
+    grid: WindowGrid,
+    mask_value: float | None = None,
 ) -> Tensor:
     """softmax(similarity + bias, hidden pairs at -inf) · v in every window of a padded and shifted map.
 
@@ -44,12 +49,13 @@ def blocked_attention(
         head_scale: (h,) factors of the cosine similarity; None = dot products over √d.
         mask: (n, N, N) bool, True = may attend; None = all may.
         grid: how the map is cut.
+        mask_value: added to hidden pairs instead.
 
     Returns:
         (B, H, W, D). Gradients of `qkv`, `bias` and `head_scale`; no second derivatives.
     """
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (qkv, bias, head_scale))
-    out: Tensor = _BlockedAttention.apply(qkv, bias, head_scale, mask, grid, training)
+    out: Tensor = _BlockedAttention.apply(qkv, bias, head_scale, mask, grid, mask_value, training)
     return out
 
 
@@ -74,6 +80,7 @@ class _BlockedAttention(torch.autograd.Function):
         head_scale: Tensor | None,
         mask: Tensor | None,
         grid: WindowGrid,
+        mask_value: float | None,
         training: bool,
     ) -> Tensor:
         heads = len(bias)
@@ -82,7 +89,7 @@ class _BlockedAttention(torch.autograd.Function):
         depth = dim // heads
         parts = qkv.view(images, rows, wh, cols, ww, 3, heads, depth)
         out = qkv.new_empty(images, rows, wh, cols, ww, heads, depth)
-        added = bias if mask is None else _hidden(bias, mask.view(rows, cols, area, area))
+        added = bias if mask is None else _hidden(bias, mask.view(rows, cols, area, area), mask_value)
         blocks = list(_blocks(images, rows, cols * heads * area * area * qkv.element_size()))
         saved: list[Tensor] = []
         for block in blocks:
@@ -145,7 +152,7 @@ class _BlockedAttention(torch.autograd.Function):
             target = grad_parts[block.images, block.rows]
             target.copy_(qkv.view(3, *_split(target.select(5, 0))).permute(1, 2, 5, 3, 6, 0, 4, 7))
         grad_qkv = grad_parts.view(images, rows * wh, cols * ww, 3 * heads * depth)
-        return grad_qkv, grad_bias, grad_scale, None, None, None
+        return grad_qkv, grad_bias, grad_scale, None, None, None, None
 
 
 def _split(part: Tensor) -> tuple[int, ...]:
@@ -183,6 +190,10 @@ def _inverse_norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=_NORM_FLOOR).reciprocal_()
 
 
-def _hidden(bias: Tensor, allowed: Tensor) -> Tensor:
-    """(h, N, N) and (rows, cols, N, N) -> (rows, cols, h, N, N), -inf where a pair is hidden."""
-    return bias.masked_fill(~allowed.unsqueeze(2), float("-inf"))
+def _hidden(bias: Tensor, allowed: Tensor, value: float | None) -> Tensor:
+    """(h, N, N) and (rows, cols, N, N) -> (rows, cols, h, N, N): -inf, or `value` more, where a pair is hidden."""
+    allowed = allowed.unsqueeze(2)
+    if value is not None:
+        return torch.where(allowed, bias, bias + value)
+    hidden: Tensor = bias.masked_fill(~allowed, float("-inf"))
+    return hidden

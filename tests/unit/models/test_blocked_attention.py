@@ -49,6 +49,7 @@ def outcome(layer: WindowAttention, tables: WindowTables, x: Tensor, impl: Atten
     return [y, *torch.autograd.grad(y, [x, *layer.parameters()], slope)]
 
 
+@pytest.mark.parametrize("mask_value", [None, -3.0])
 @pytest.mark.parametrize("block_bytes", [1, 4000, 10**9])
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize(("size", "window"), [((8, 12), (4, 4)), ((7, 9), (4, 4)), ((6, 9), (2, 3)), ((3, 5), (3, 3))])
@@ -60,10 +61,12 @@ def test_equals_attention_written_out(
     window: tuple[int, int],
     shifted: bool,
     block_bytes: int,
+    mask_value: float | None,
 ) -> None:
     """With rows of windows alone, several in a block, and all images in one."""
     monkeypatch.setattr(blocked, "BLOCK_BYTES", block_bytes)
     layer, tables = layer_and_tables(STYLES[style], size, window, shifted)
+    layer.mask_value = mask_value
     x = torch.randn(5, *size, 12, dtype=torch.float64)
     torch.testing.assert_close(
         outcome(layer, tables, x, "auto"), outcome(layer, tables, x, "explicit"), rtol=1e-11, atol=1e-12
