@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,14 +26,16 @@ from swinmoe.parallel import Mesh
 from swinmoe.version import __version__
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?")
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def save_pretrained(model: SwinTransformer, folder: Path | str) -> Path:
     """Write `model`, whole on this process, into `folder`: `config.json`, `model.safetensors`, a manifest; returns it.
 
-    Files of those names are replaced, each at once; others in the folder stay. Experts have a key each, as in
-    checkpoints (`swinmoe.checkpoint.naming`). Of a model spread over ranks save a checkpoint instead, and load that.
+    A model that was there is replaced, all of it, when everything is on the disk, and stays if anything fails before;
+    other files in the folder stay. Experts have a key each, as in checkpoints (`swinmoe.checkpoint.naming`). Of a model
+    spread over ranks save a checkpoint instead, and load that.
 
     Raises:
         ConfigError: the model's experts are spread over several processes.
@@ -49,16 +52,16 @@ def save_pretrained(model: SwinTransformer, folder: Path | str) -> Path:
     plan = plan_shards(groups, mesh)
     names = {shard.name: WEIGHTS if len(plan["model"]) == 1 else shard.name for shard in plan["model"]}
     records: dict[str, FileRecord] = {}
+    writers: dict[str, TensorWriter] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)  # until the last file is there, nothing vouches for any
-        writers = {shard.name: TensorWriter(_fresh(folder, names[shard.name]), shard.shapes) for shard in plan["model"]}
+        for shard in plan["model"]:
+            writers[shard.name] = TensorWriter(_fresh(folder, names[shard.name]), shard.shapes)
         for shard, item, value in wholes(groups, plan, mesh):
             writers[shard.name].write(item.name, value)
         for name, writer in writers.items():
             size, digests = writer.close()
             records[names[name]] = FileRecord(size, tensors=digests)
-            os.replace(writer.path, folder / names[name])
         texts = {CONFIG: _describe(model.config)}
         if len(names) > 1:
             named = {item.name: shard.name for shard in plan["model"] for item in shard.items}
@@ -67,14 +70,29 @@ def save_pretrained(model: SwinTransformer, folder: Path | str) -> Path:
             texts[f"{WEIGHTS}.index.json"] = json.dumps(index, indent=1)
         for name, text in texts.items():
             records[name] = write_text(_fresh(folder, name), text)
-            os.replace(_aside(folder, name), folder / name)
         write_text(_fresh(folder, MANIFEST), Manifest(records).dumps())
-        os.replace(_aside(folder, MANIFEST), folder / MANIFEST)
+        before = _weights_in(folder)
+        (folder / MANIFEST).unlink(missing_ok=True)  # until the last name is right, nothing vouches for any
+        for name in (*records, MANIFEST):
+            os.replace(_aside(folder, name), folder / name)
+        for name in before - records.keys():
+            (folder / name).unlink()
     except OSError as error:
         raise CheckpointError(
             f"could not write the model to {str(folder)!r}: {error}; free space or choose another folder"
         ) from error
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+        for name in (*names.values(), CONFIG, f"{WEIGHTS}.index.json", MANIFEST):
+            with suppress(OSError):
+                _aside(folder, name).unlink(missing_ok=True)
     return folder
+
+
+def _weights_in(folder: Path) -> set[str]:
+    """Names of the files that an earlier model lies in: beside a new one they would say something else."""
+    return {path.name for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name)}
 
 
 def from_pretrained(

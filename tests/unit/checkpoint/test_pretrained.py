@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,42 @@ def test_the_hub_is_asked_for_names(
     with pytest.raises(CheckpointError, match=r"no folder here, and the Hugging Face hub did not give it \(offline\)"):
         from_pretrained("somebody/nothing")
     assert asked == ["somebody/swin", "somebody/nothing"]
+
+
+@pytest.mark.parametrize("at", ["pwrite", "fsync", "replace"])
+def test_over_another_model_on_a_full_disk(
+    model: swinmoe.SwinTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """What was there is still there, whole, unless it was the very renaming that failed; nothing half written stays."""
+    folder = save_pretrained(model, tmp_path)
+    names = sorted(path.name for path in folder.iterdir())
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, at, full)
+        with pytest.raises(CheckpointError, match=r"could not write the model to .*No space left on device"):
+            save_pretrained(create_model("swin_moe_micro", seed=4, **SMALL), folder)
+    left = sorted(path.name for path in folder.iterdir())
+    if at == "replace":  # the manifest went first: the old model vouches for itself no more
+        assert left == [name for name in names if name != "manifest.json"]
+    else:
+        assert left == names
+    assert torch.equal(from_pretrained(folder).head.weight, model.head.weight)
+
+
+def test_no_file_of_an_earlier_model_stays_beside_a_new_one(
+    model: swinmoe.SwinTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = sorted(path.name for path in save_pretrained(model, tmp_path / "one").iterdir())
+    with monkeypatch.context() as small:
+        small.setattr("swinmoe.checkpoint.spread.SHARD_BYTES", 20_000)
+        several = sorted(path.name for path in save_pretrained(model, tmp_path / "several").iterdir())
+        save_pretrained(model, tmp_path / "both")
+    save_pretrained(model, tmp_path / "both")
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == one
+    with monkeypatch.context() as small:
+        small.setattr("swinmoe.checkpoint.spread.SHARD_BYTES", 20_000)
+        save_pretrained(model, tmp_path / "both")
+    assert sorted(path.name for path in (tmp_path / "both").iterdir()) == several
