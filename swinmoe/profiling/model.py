@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from swinmoe.comm import all_reduce_max, listen
-from swinmoe.config import RunConfig
+from swinmoe.config import ModelConfig, RunConfig
 from swinmoe.config.io import with_overrides
 from swinmoe.data import Batch
 from swinmoe.errors import ConfigError
 from swinmoe.models.attention import WindowAttention
-from swinmoe.models.counts import ModelCounts
+from swinmoe.models.counts import ModelCounts, count, stage_grids
 from swinmoe.models.mlp import Mlp
 from swinmoe.moe import MoEMlp, RoutingStats, capacity, phases
 from swinmoe.parallel import Mesh, global_sum, make_mesh
@@ -300,10 +300,36 @@ def model_flops(counts: ModelCounts, rows: Rows, run: RunConfig, *, backward: bo
     part = counts.by_part
     experts = part["experts"].flops * images * passes if "experts" in part else 0
     hardware = whole + (round(experts * (rows.computed / rows.routed - 1)) if rows.routed else 0)
-    if backward and run.model.grad_checkpointing is True:
-        hardware += images * sum(part[name].flops for name in ("attention", "mlp", "experts") if name in part)
+    if backward:
+        hardware += images * recomputed_flops(run.model)
     model = whole + (round(experts * (rows.kept / rows.routed - 1)) if rows.routed else 0)
     return {"model": model, "hardware": hardware, "dense_equivalent": whole}
+
+
+def recomputed_flops(config: ModelConfig) -> int:
+    """Products that the backward pass computes again for one image: attention and MLPs of checkpointed stages,
+    scores of sequential attention. Recomputation ends with what is needed, so that a last product may be spared."""
+    whole, again = _blocks_flops(config), 0
+    for stage, grid in enumerate(stage_grids(config)):
+        if config.recomputes(stage):
+            again += whole - _blocks_flops(_without_stage(config, stage))
+        elif config.chunks_of(stage) > 1:
+            again += config.depths[stage] * 2 * prod(grid.padded) * grid.area * config.embed_dim * 2**stage
+    return again
+
+
+def _blocks_flops(config: ModelConfig) -> int:
+    parts = count(config).by_part
+    return sum(parts[name].flops for name in ("attention", "mlp", "experts") if name in parts)
+
+
+def _without_stage(config: ModelConfig, stage: int) -> ModelConfig:
+    depths, blocks = list(config.depths), list(config.moe_blocks)
+    depths[stage] = 0
+    if blocks:
+        blocks[stage] = ()
+    moe = config.moe if any(blocks) else None
+    return replace(config, depths=tuple(depths), moe_blocks=tuple(blocks), moe=moe, grad_checkpointing=False)
 
 
 @contextmanager

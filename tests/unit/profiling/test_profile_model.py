@@ -17,7 +17,15 @@ from swinmoe.models.counts import count
 from swinmoe.moe import phases
 from swinmoe.parallel import Mesh, make_mesh
 from swinmoe.profiling.flops import Rows
-from swinmoe.profiling.model import count_rows, marks, model_flops, profile_model, random_batches, without_experts
+from swinmoe.profiling.model import (
+    count_rows,
+    marks,
+    model_flops,
+    profile_model,
+    random_batches,
+    recomputed_flops,
+    without_experts,
+)
 
 SMALL: dict[str, Any] = {
     "model": {**MICRO, "moe": {"num_experts": 4, "top_k": 1}},
@@ -120,6 +128,30 @@ def test_recomputation_costs_hardware_and_not_the_model() -> None:
     again = small(model={"grad_checkpointing": True})
     found = [model_flops(count(run.model), rows, run, backward=True) for run in (plain, again)]
     assert found[0]["model"] == found[1]["model"] and found[0]["hardware"] < found[1]["hardware"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"grad_checkpointing": True}, {"grad_checkpointing": [0]}, {"attention_chunks": 2}]
+)
+def test_recomputed_flops_are_what_the_counter_sees_twice(changes: dict[str, Any]) -> None:
+    """Res-post-norm: every product's result is normed, so recomputation spares none."""
+    style = {"style": "v2", "window_size": 4, "img_size": 16, "patch_size": 2, "attn_drop_rate": 0.0}
+
+    def total(run: RunConfig) -> int:
+        model = build_model(run.model)
+        model.set_attention_impl("explicit")
+        images = torch.randn(2, run.model.in_chans, *run.model.img_size)
+        with FlopCounterMode(display=False) as counter:
+            output = model(images)
+            (output.logits.sum() + output.aux_loss).backward()
+        flops: int = counter.get_total_flops()
+        return flops
+
+    plain, again = small(model=style), small(model=style | changes)
+    bias = count(plain.model).by_part["position_bias"].flops
+    found = total(again) - total(plain) - 2 * recomputed_flops(again.model)
+    assert recomputed_flops(plain.model) == 0 < recomputed_flops(again.model)
+    assert 0 <= found <= bias, "but for the position-bias networks, which are a batch's"
 
 
 def test_every_rank_has_its_share_of_the_batch() -> None:
