@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from swinmoe.commands.telling import telling
 from swinmoe.data import build_data
 from swinmoe.errors import ConfigError
 from swinmoe.report import estimate
+from swinmoe.train.evaluate_model import Choices, independence
 from swinmoe.train.features import features_of
 from swinmoe.train.fewshot import STRENGTHS, draw_shots, nearest_neighbours, probe
 from swinmoe.train.opened import open_model
@@ -48,15 +50,18 @@ def run(
         needed = sorted({index for draw in wanted for index in draw})
     else:
         needed = list(range(len(bundle.train)))
+    choices = Choices()
     with telling("features of training images") as tell:
-        bank, classes = features_of(opened, bundle.train, needed, size, tell)
+        bank, classes = features_of(opened, bundle.train, needed, size, tell, choices)
     with telling("features of test images") as tell:
-        queries, targets = features_of(opened, bundle.eval, range(len(bundle.eval)), size, tell)
+        queries, targets = features_of(opened, bundle.eval, range(len(bundle.eval)), size, tell, choices)
+    batches = independence(opened.model, choices, size)
     result: dict[str, Any] = {
         "checkpoint": opened.source.path,
         "weights": opened.source.weights,
         "data": {"name": opened.run.data.name, "split": bundle.eval_split, "images": len(targets)},
         "features": bank.shape[1],
+        "batches": asdict(batches),
     }
     if neighbours is not None:
         guess = nearest_neighbours(bank, classes, queries, bundle.num_classes, neighbours)
@@ -68,7 +73,10 @@ def run(
         said = f"{shots} shots a class, {draws} draws: accuracy {100 * result['accuracy']:.2f}{half} %"
         said += " (mean ± 95 % t interval over draws)" if half else ""
         result["shots"] = shots
-    Console(highlight=False).print(f"{checkpoint} on {result['data']['name']}: {said}", markup=False, soft_wrap=True)
+    console = Console(highlight=False)
+    console.print(f"{checkpoint} on {result['data']['name']}: {said}", markup=False, soft_wrap=True)
+    if not batches.independent:
+        console.print(batches.said, markup=False, soft_wrap=True)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from swinmoe.config import CapacityPolicy
 from swinmoe.data import ImageDataset, eval_batches
 from swinmoe.errors import ConfigError
 from swinmoe.models import SwinOutput, SwinTransformer
+from swinmoe.moe import RoutingStats
 from swinmoe.train.evaluate_scores import Predictions
 from swinmoe.train.metrics import RoutingMeter
 from swinmoe.train.opened import Opened
@@ -123,7 +124,21 @@ class Independence:
     said: str
 
 
-def independence(model: SwinTransformer, found: Pass, batch_size: int) -> Independence:
+@dataclass
+class Choices:
+    """Of several batches: how many were made, and how many found no place."""
+
+    routed: int = 0
+    dropped: int = 0
+
+    def add(self, routing: Mapping[str, RoutingStats]) -> None:
+        """Count those of one forward pass."""
+        for stats in routing.values():
+            routed = int(stats.routed.sum())
+            self.routed, self.dropped = self.routed + routed, self.dropped + routed - int(stats.kept.sum())
+
+
+def independence(model: SwinTransformer, found: Pass | Choices, batch_size: int) -> Independence:
     """What may be said of batches: capacity is counted per batch, so where it cuts, neighbours compete for slots."""
     if not model.moe_layers():
         return Independence(True, "dense: a prediction depends on its image alone")

@@ -143,6 +143,25 @@ def test_dropless_does_not_depend_on_batches_and_capacity_does(
     assert "dropped nothing here" in _text(capsys)
 
 
+@pytest.mark.parametrize("factor", ["0.5", "64", None])
+def test_who_uses_a_model_is_told_of_batches_too(
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: str | None
+) -> None:
+    """By predict, fewshot and nearest neighbours: on the screen where it matters, in JSON always."""
+    over = ["data.limit=60"] + ([f"model.moe.capacity.eval={{kind: fixed, factor: {factor}}}"] if factor else [])
+    expected = {"0.5": "the images that share its batch", "64": "dropped nothing here", None: None}[factor]
+    predict.run(trained, [pictures], over, which="auto", as_json=True)
+    told = capsys.readouterr()
+    assert len(json.loads(told.out)) == 12
+    assert (expected in " ".join(told.err.split())) if expected else not told.err
+    common: dict[str, Any] = {"which": "auto", "draws": 1, "strength": 1.0, "shots": 1, "out": tmp_path / "out.json"}
+    for neighbours in (None, 3):
+        fewshot.run(trained, over, **common, neighbours=neighbours)
+        batches = json.loads((tmp_path / "out.json").read_text())["batches"]
+        assert batches["independent"] == (factor is None) and (expected or "dropless") in batches["said"]
+        assert ((expected or "capacity") in _text(capsys)) == (expected is not None)
+
+
 def test_evaluate_takes_a_config_and_overrides(trained: Path, tmp_path: Path) -> None:
     config = tmp_path / "other.yaml"
     config.write_text("data: {name: synthetic, channels: 1, image_size: 24, synthetic_samples: 40}\n")
