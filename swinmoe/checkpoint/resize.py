@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def read_class_map(given: str | Path | Sequence[int], old: int, new: int) -> lis
     """For each of the `new` classes its index among the `old` ones; a file has one index a line.
 
     Raises:
-        CheckpointError: unreadable, another number of indices, or an index out of range.
+        CheckpointError: unreadable, another number of indices, one that is no whole number, or one out of range.
     """
     if isinstance(given, str | Path):
         try:
@@ -71,7 +72,12 @@ def read_class_map(given: str | Path | Sequence[int], old: int, new: int) -> lis
         except (OSError, ValueError) as error:
             raise CheckpointError(f"class map {str(given)!r} is no file of one index a line: {error}") from error
     else:
-        indices = list(given)
+        strange = [index for index in given if isinstance(index, bool) or not isinstance(index, Integral)]
+        if strange:
+            raise CheckpointError(
+                f"the class map holds {strange[0]!r}; give whole numbers, for each class its index in the source"
+            )
+        indices = [int(index) for index in given]
     if len(indices) != new or not all(0 <= index < old for index in indices):
         raise CheckpointError(
             f"the class map has {len(indices)} indices between {min(indices, default=0)} and "

@@ -103,6 +103,12 @@ def test_another_head_must_be_allowed_or_mapped() -> None:
     assert "5 classes -> 3" in report.resized["head.weight"]
 
 
+@pytest.mark.parametrize("given", [[0.5, 1, 2, 3, 4], ["a", "b", "c", "d", "e"], [True, 1, 2, 3, 4]])
+def test_a_class_map_is_of_whole_numbers(given: list) -> None:
+    with pytest.raises(CheckpointError, match=rf"the class map holds {given[0]!r}; give whole numbers"):
+        load_pretrained(small(), small(1).state_dict(), class_map=given)
+
+
 def test_class_map_file_is_checked(tmp_path) -> None:
     source, model = small(1), small(2, num_classes=3)
     path = tmp_path / "map.txt"
