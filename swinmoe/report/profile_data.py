@@ -185,7 +185,7 @@ class Measured:
         """The variant, apart from some keys; the capacity's kind stands for the capacity."""
         own = {key: value for key, value in self.variant.items() if key not in without}
         if "capacity" in self.variant and "capacity" in without:
-            own["capacity kind"] = "bounded" if str(self.variant["capacity"]).startswith("bounded") else "fixed"
+            own["capacity kind"] = "bounded" if str(self.variant["capacity"]).startswith("bounded") else None
         return own
 
 
@@ -270,40 +270,49 @@ def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def differing(many: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys whose values are not all alike, in order."""
-    keys = dict.fromkeys(key for one in many for key in one)
-    return [key for key in keys if len({repr(one.get(key)) for one in many}) > 1]
-
-
 SHORT = {
     "num_experts": "E{}",
     "top_k": "k{}",
-    "dispatcher": "{}",
-    "skew": "skew {}",
     "world": "{} ranks",
     "ep_size": "ep {}",
-    "exchange": "{}",
     "local_size": "nodes of {}",
-    "payload": "{}",
-    "precision": "{}",
-    "capacity kind": "{}",
-    "direction": "{}",
-    "ranks": "{} ranks",
+    "weight_group": "weights of {}",
+    "chunks": "{} chunks",
+    "tokens": "T{}",
+    "dim": "D{}",
+    "hidden": "F{}",
+    "skew": "skew {}",
+    "bytes": "bytes {}",
+    "batch_size": "batch {}",
+    "img_size": "{} px",
+    "embed_dim": "C{}",
 }
+"""How a legend has a setting; one that is not here speaks for itself by its value."""
 
 
 def words(settings: Mapping[str, Any], keys: Sequence[str]) -> str:
     """Those settings as a legend has them."""
-    shown = [(key, settings.get(key)) for key in keys]
-    return ", ".join(SHORT.get(k, k.replace("_", " ") + " {}").format(v) for k, v in shown if v is not None) or "all"
+    shown = [(key, settings[key]) for key in keys if settings.get(key) is not None]
+    return ", ".join(SHORT.get(k, "{}").format(f"{v:g}" if isinstance(v, float) else v) for k, v in shown) or "all"
 
 
 def grouped(measured: Sequence[Measured], without: Sequence[str]) -> dict[str, list[Measured]]:
     """Measurements that differ in `without` alone, by what tells the groups apart."""
-    settings = [m.settings(without) for m in measured]
-    keys = differing(settings)
-    groups: dict[str, list[Measured]] = {}
-    for own, m in zip(settings, measured, strict=True):
-        groups.setdefault(words(own, keys), []).append(m)
-    return groups
+    groups: dict[tuple[tuple[str, str], ...], tuple[Mapping[str, Any], list[Measured]]] = {}
+    for m in measured:
+        own = m.settings(without)
+        key = tuple(sorted((name, repr(value)) for name, value in own.items() if value is not None))
+        groups.setdefault(key, (own, []))[1].append(m)
+    settings = [own for own, _ in groups.values()]
+    for keys in (_differing(settings, missing=False), _differing(settings, missing=True)):
+        named = {words(own, keys): group for own, group in groups.values()}
+        if len(named) == len(groups):
+            return named
+    return {f"{words(own, keys)} #{i + 1}": group for i, (own, group) in enumerate(groups.values())}
+
+
+def _differing(many: Sequence[Mapping[str, Any]], *, missing: bool) -> list[str]:
+    """Keys whose values are not all alike, in order; a missing value is one of its own only if that is asked for."""
+    keys = dict.fromkeys(key for one in many for key in one)
+    values = {key: {repr(one.get(key)) for one in many if missing or one.get(key) is not None} for key in keys}
+    return [key for key in keys if len(values[key]) > 1]

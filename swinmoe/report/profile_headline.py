@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from swinmoe.report.profile_data import Line, Measured, Profiles
 from swinmoe.report.profile_plots import bytes_said
-from swinmoe.report.wording import ratio
+from swinmoe.report.wording import ratio, scaled
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ def _exchanges(found: Profiles) -> Iterator[str]:
     if fit is not None:
         rate, half = fit["bandwidth"], fit["half_bandwidth_bytes"]
         text = f"An exchange ({fit['name']}) takes {_time(fit['latency_seconds'])} however small"
-        text += f" and sends {rate / 1e9:.3g} GB/s when large" if rate else "; sizes did not reach a bandwidth"
+        text += f" and sends {scaled(rate, 'B/s')} when large" if rate else "; sizes did not reach a bandwidth"
         text += f", half of that with messages of {bytes_said(half)}" if rate and half else ""
         yield f"{text}; the fit is within {fit['typical_error']:.0%} of the times, {fit['worst_error']:.0%} at worst."
         return
     even = [m for m in found.of("exchange") if not m.variant.get("skew")]
     if even:
         best = max(even, key=lambda m: float(m.line["busbw"]))
-        yield f"The fastest even exchange, {best.label}, moves {float(best.line['busbw']) / 1e9:.3g} GB/s."
+        yield f"The fastest even exchange, {best.label}, moves {scaled(float(best.line['busbw']), 'B/s')}."
 
 
 def _plain_fit(found: Profiles) -> Line | None:
@@ -115,7 +115,7 @@ def _bandwidth_card(found: Profiles) -> Iterator[Card]:
     fit = _plain_fit(found)
     if fit is not None and fit["bandwidth"]:
         detail = f"{fit['name']}, large messages; latency {_time(fit['latency_seconds'])}"
-        yield Card("Link", f"{fit['bandwidth'] / 1e9:.3g} GB/s", detail)
+        yield Card("Link", scaled(fit["bandwidth"], "B/s"), detail)
 
 
 def _ms(m: Measured) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def write_profile_report(records: Sequence[Path], output_dir: Path) -> ProfileRe
 
 def _context(found: Profiles, said: Sequence[str]) -> dict[str, Any]:
     steps, album = found.of("layer", "model"), _Album()
+    wasteful = [m for m in steps if not m.is_dense and m.drop_loss is not None]
     whats = list(dict.fromkeys(str(profile.line["what"]) for profile in found.profiles))
     return {
         "title": ", ".join(profile.name for profile in found.profiles) or "profile",
@@ -83,9 +85,10 @@ def _context(found: Profiles, said: Sequence[str]) -> dict[str, Any]:
         "bandwidth": _bandwidth(found, album),
         "scaling": _scaling(steps, album),
         "communication": _communication(steps, album),
-        "wasteful": [m for m in steps if not m.is_dense and m.drop_loss is not None],
+        "wasteful": wasteful,
+        "travelled": any(m.exposed is not None for m in wasteful),
         "counted": [m for m in steps if m.flops],
-        "memory": album.bars("Memory by class", [m for m in steps if m.memory], plots.memory_figure),
+        "memory": _memory(steps, album),
         "profiles": [
             (p.name, p.line.get("command") or "", flat(p.line.get("workload") or {}), flat(p.environment))
             for p in found.profiles
@@ -116,28 +119,29 @@ def _facts(found: Profiles) -> list[tuple[str, str]]:
     return facts + ([("begun", min(begun))] if begun else [])
 
 
-def _phases(steps: Sequence[Measured], album: _Album) -> list[tuple[str, list[Picture]]]:
-    """(pass, pictures)."""
-    out = []
+def _phases(steps: Sequence[Measured], album: _Album) -> list[Picture]:
+    """The passes of the same steps side by side, all to one scale."""
+    own = [m for m in steps if m.phases]
+    widest = max((sum(parts.values()) for m in own for parts in m.phases.values()), default=0.0)
+    by_pass = []
     for direction in DIRECTIONS:
-        own = [m for m in steps if m.phases.get(direction)]
-        if own:
-            make = partial(_phases_of, direction=direction)
-            out.append((direction, album.bars(f"Phases, {direction}", own, make)))
-    return out
+        found = [m for m in own if m.phases.get(direction)]
+        make = partial(_phases_of, direction=direction, widest=widest)
+        by_pass.append(album.bars(f"Phases, {direction}", found, make))
+    return [picture for row in zip_longest(*by_pass) for picture in row if picture is not None]
 
 
-def _phases_of(measured: Sequence[Measured], theme: Theme, direction: str) -> Figure:
-    return plots.phases_figure(measured, direction, theme)
+def _phases_of(measured: Sequence[Measured], theme: Theme, direction: str, widest: float) -> Figure:
+    return plots.phases_figure(measured, direction, widest, theme)
 
 
 def _throughput(steps: Sequence[Measured], album: _Album) -> list[Picture]:
     """A picture for each unit, where capacities differ."""
     out = []
     for unit in dict.fromkeys(m.rate_unit for m in steps):
-        own = [m for m in steps if m.rate_unit == unit and m.rate is not None and m.capacity is not None]
-        if len({m.capacity for m in own}) > 1:
-            out.append(album.add("Throughput over capacity", partial(plots.capacity_figure, own)))
+        series = plots.capacity_series([m for m in steps if m.rate_unit == unit])
+        if series:
+            out.append(album.add("Throughput over capacity", partial(plots.capacity_figure, series)))
     return out
 
 
@@ -173,4 +177,20 @@ def _efficiency(own: Sequence[Measured]) -> list[Any]:
 
 def _communication(steps: Sequence[Measured], album: _Album) -> list[Picture]:
     own = [m for m in steps if m.exposed is not None]
-    return album.bars("Exposed and hidden communication", own, plots.communication_figure)
+    widest = max((max((m.exposed or 0.0) + (m.hidden or 0.0), m.alone or 0.0) for m in own), default=0.0)
+    make = partial(_communication_of, widest=widest)
+    return album.bars("Exposed and hidden communication", own, make)
+
+
+def _communication_of(measured: Sequence[Measured], theme: Theme, widest: float) -> Figure:
+    return plots.communication_figure(measured, widest, theme)
+
+
+def _memory(steps: Sequence[Measured], album: _Album) -> list[Picture]:
+    own = [m for m in steps if m.memory]
+    widest = max((float(m.memory.get("peak", 0.0)) for m in own), default=0.0)
+    return album.bars("Memory by class", own, partial(_memory_of, widest=widest))
+
+
+def _memory_of(measured: Sequence[Measured], theme: Theme, widest: float) -> Figure:
+    return plots.memory_figure(measured, widest, theme)

@@ -83,7 +83,14 @@ Bar = tuple[str, Mapping[str, float]]
 
 
 def stacked_figure(
-    bars: Sequence[Bar], names: Mapping[str, str], theme: Theme, *, unit: str, marks: Sequence[float | None] = ()
+    bars: Sequence[Bar],
+    names: Mapping[str, str],
+    theme: Theme,
+    *,
+    unit: str,
+    title: str = "",
+    widest: float = 0.0,
+    marks: Sequence[float | None] = (),
 ) -> Figure:
     """Horizontal stacked bars, each under its own label, so that long labels take no room from the bars.
 
@@ -92,109 +99,125 @@ def stacked_figure(
         names: parts in order, and how a legend calls them; those that no bar has are left out.
         theme: colours, by part.
         unit: of the axis.
+        title: above the bars.
+        widest: the longest bar of this figure and others that are to have its scale.
         marks: a value on each bar to be marked.
     """
-    rows = math.ceil(len([part for part in names if any(part in own for _, own in bars)]) / 4)
-    figure = new_figure(WIDTH, 0.75 + 0.2 * rows + 0.43 * len(bars))
+    shown = {part: name for part, name in names.items() if any(own.get(part) for _, own in bars)}
+    figure = new_figure(WIDTH, 0.75 + 0.25 * bool(title) + 0.2 * math.ceil(len(shown) / 4) + 0.43 * len(bars))
     axes = figure.subplots()
     left = np.zeros(len(bars))
     place = np.arange(len(bars))
-    for part, name in names.items():
+    for part, name in shown.items():
         values = np.array([own.get(part, 0.0) for _, own in bars])
-        if not any(part in own for _, own in bars):
-            continue
         axes.barh(place, values, 0.42, left=left, color=_HUES[theme.name][part], label=name)
         left += values
     for number, value in enumerate(marks):
         if value is not None:
             axes.plot([value, value], [number - 0.28, number + 0.28], color=theme.ink, linewidth=1.6)
-    widest = float(max(left.max(), *(value for value in marks if value is not None))) if marks else float(left.max())
+    widest = max(widest, float(left.max()), *(value for value in marks if value is not None), 0.0)
     axes.set_xlim(0, widest * 1.12 or 1)
     for number, (label, _) in enumerate(bars):
         axes.text(0, number - 0.31, shorten(label, 68), color=theme.ink, fontsize=8.5, va="bottom")
-        axes.text(left[number], number, f" {_short(left[number])}", color=theme.muted, fontsize=8, va="center")
+        axes.text(left[number], number, f" {short(left[number])}", color=theme.muted, fontsize=8, va="center")
     axes.set_ylim(len(bars) - 0.6, -0.75)
     axes.set_yticks([])
     axes.set_xlabel(unit)
+    axes.set_title(title)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.spines["left"].set_visible(False)
-    if axes.get_legend_handles_labels()[1]:
+    if shown:
         figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=8, handlelength=1, columnspacing=1.2)
     return figure
 
 
-def phases_figure(measured: Sequence[Measured], direction: str, theme: Theme) -> Figure:
+def phases_figure(measured: Sequence[Measured], direction: str, widest: float, theme: Theme) -> Figure:
     """Milliseconds of a pass by phase."""
-    return stacked_figure([(m.label, m.phases[direction]) for m in measured], PHASES, theme, unit=f"ms, {direction}")
+    bars = [(m.label, m.phases.get(direction, {})) for m in measured]
+    return stacked_figure(bars, PHASES, theme, unit="ms", title=direction.capitalize(), widest=widest)
 
 
-def communication_figure(measured: Sequence[Measured], theme: Theme) -> Figure:
+def communication_figure(measured: Sequence[Measured], widest: float, theme: Theme) -> Figure:
     """Exposed and hidden milliseconds; a mark where the exchange alone ends."""
     bars = [
         (
-            f"{m.label}: {m.exposed_share:.0%} of the step" if m.exposed_share is not None else m.label,
-            {"exposed": m.exposed or 0.0} | ({"hidden": m.hidden} if m.hidden is not None else {}),
+            m.label if m.exposed_share is None else f"{shorten(m.label, 50)}: {m.exposed_share:.0%} of the step",
+            {"exposed": m.exposed or 0.0} | ({"hidden": m.hidden} if m.hidden else {}),
         )
         for m in measured
     ]
     names = {"exposed": "exposed: the step waits", "hidden": "hidden behind other work"}
-    return stacked_figure(
-        bars, names, theme, unit="ms; the mark is the exchange alone", marks=[m.alone for m in measured]
-    )
+    marks = [m.alone for m in measured]
+    unit = "ms; the mark is the exchange alone" if any(marks) else "ms"
+    return stacked_figure(bars, names, theme, unit=unit, widest=widest, marks=marks)
 
 
-def memory_figure(measured: Sequence[Measured], theme: Theme) -> Figure:
+def memory_figure(measured: Sequence[Measured], widest: float, theme: Theme) -> Figure:
     """Mebibytes by class at the peak."""
     bars = [(m.label, {k: v / 2**20 for k, v in m.memory.items() if k in CLASSES and v}) for m in measured]
-    return stacked_figure(bars, CLASSES, theme, unit="MiB at the peak of a step")
+    return stacked_figure(bars, CLASSES, theme, unit="MiB at the peak of a step", widest=widest / 2**20)
 
 
-def capacity_figure(measured: Sequence[Measured], theme: Theme) -> Figure:
+def capacity_series(measured: Sequence[Measured]) -> dict[str, list[Measured]]:
+    """Measurements that differ in capacity alone, where there are several."""
+    own = [m for m in measured if m.rate is not None and m.capacity is not None]
+    return {k: group for k, group in grouped(own, ("capacity",)).items() if len({m.capacity for m in group}) > 1}
+
+
+def capacity_figure(series: Mapping[str, Sequence[Measured]], theme: Theme) -> Figure:
     """Throughput over the capacity factor with the dense baseline's, and below it the share of choices dropped."""
-    groups = dict(list(grouped(measured, ("capacity",)).items())[:SERIES])
+    series = dict(list(series.items())[:SERIES])
+    measured = [m for own in series.values() for m in own]
     factors = sorted({m.capacity for m in measured if m.capacity is not None and math.isfinite(m.capacity)})
     end = (factors[-1] if factors else 1.0) + 0.4
-    figure = new_figure(WIDTH, 5.2)
+    figure = new_figure(WIDTH, 4.6 + 0.19 * len(series))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    baselines: dict[str, float] = {}
-    for number, (label, own) in enumerate(groups.items()):
+    for number, (label, own) in enumerate(series.items()):
+        style = _style(theme, number) | {"marker": "o", "markersize": 3.5}
         points = _by_capacity(own, end)
-        x = [place for place, _ in points]
         rate = [m.rate or 0.0 for _, m in points]
-        spread = [
-            [r - r * m.ms / m.high for r, (_, m) in zip(rate, points, strict=True)],
-            [r * m.ms / m.low - r for r, (_, m) in zip(rate, points, strict=True)],
-        ]
-        style = _style(theme, number)
-        above.errorbar(x, rate, yerr=spread, label=shorten(label, 40), capsize=2, markersize=3.5, marker="o", **style)
+        x = [place for place, _ in points]
+        above.errorbar(x, rate, yerr=_spread(rate, [m for _, m in points]), label=label, capsize=2, **style)
         drops = [(place, 100 * m.drop_loss) for place, m in points if m.drop_loss is not None]
-        below.plot([p for p, _ in drops], [d for _, d in drops], marker="o", markersize=3.5, **style)
-        for m in own:
-            if m.baseline is not None and m.baseline.rate is not None:
-                baselines[m.baseline.label] = m.baseline.rate
-    for label, rate_of in list(baselines.items())[:3]:
-        above.axhline(rate_of, color=theme.muted, linewidth=1.2, linestyle=(0, (4, 3)))
+        below.plot([p for p, _ in drops], [d for _, d in drops], **style)
+    for label, rates in _baseline_rates(measured).items():
+        level = float(np.median(rates))
+        above.axhline(level, color=theme.muted, linewidth=1.2, linestyle=(0, (4, 3)))
         above.annotate(
-            shorten(label, 34),
-            (0, rate_of),
+            shorten(label, 40),
+            (0, level),
             xycoords=("axes fraction", "data"),
-            xytext=(2, 2),
+            xytext=(3, 2),
             textcoords="offset points",
             color=theme.muted,
             fontsize=8,
         )
     above.set_ylim(0, None)
-    above.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    above.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     above.set_ylabel(measured[0].rate_unit)
-    above.legend(frameon=False, fontsize=8, loc="lower left", ncols=1 if len(groups) < 5 else 2)
+    figure.legend(*above.get_legend_handles_labels(), loc="outside lower left", frameon=False, fontsize=8)
     below.set_ylim(0, None)
     below.set_ylabel("choices dropped, %")
     below.set_xlabel("capacity factor (∞: dropless)")
-    has_end = any(m.capacity == math.inf for m in measured)
-    below.set_xticks(
-        [*factors, *([end] if has_end else [])], [*(f"{f:g}" for f in factors), *(["∞"] if has_end else [])]
-    )
+    last = [end] if any(m.capacity == math.inf for m in measured) else []
+    below.set_xticks([*factors, *last], [*(f"{f:g}" for f in factors), *("∞" for _ in last)])
     return figure
+
+
+def _spread(values: Sequence[float], measured: Sequence[Measured]) -> list[list[float]]:
+    """How far rates of these times reach below and above by the medians' intervals."""
+    pairs = list(zip(values, measured, strict=True))
+    return [[v * (1 - m.ms / m.high) for v, m in pairs], [v * (m.ms / m.low - 1) for v, m in pairs]]
+
+
+def _baseline_rates(measured: Sequence[Measured]) -> dict[str, list[float]]:
+    """Of each kind of baseline, which may have been measured several times beside different steps."""
+    found: dict[str, list[float]] = {}
+    for base in dict.fromkeys(m.baseline for m in measured if m.baseline is not None):
+        if base.rate is not None:
+            name = base.line["name"].partition(" #")[0]
+            found.setdefault(f"{name}, {base.world} ranks" if base.world > 1 else name, []).append(base.rate)
+    return dict(list(found.items())[:3])
 
 
 def _by_capacity(own: Sequence[Measured], end: float) -> list[tuple[float, Measured]]:
@@ -210,20 +233,16 @@ def bandwidth_figure(measured: Sequence[Measured], fits: Sequence[Line], theme: 
         fits: of these, one group size each.
         theme: colours.
     """
-    figure = new_figure(WIDTH, 3.9)
+    series = list(grouped(measured, ("bytes", "direction", "world")).items())[:SERIES]
+    figure = new_figure(WIDTH, 3.7 + 0.19 * len(series))
     axes = figure.subplots()
-    without = ("bytes", "direction", "world")
-    for number, (label, own) in enumerate(list(grouped(measured, without).items())[:SERIES]):
+    for number, (label, own) in enumerate(series):
         own = sorted(own, key=lambda m: float(m.line["message_bytes"]))
         style = _style(theme, number)
         x = [float(m.line["message_bytes"]) for m in own]
         y = [float(m.line["busbw"]) / 1e9 for m in own]
-        spread = [
-            [v * (1 - m.ms / m.high) for v, m in zip(y, own, strict=True)],
-            [v * (m.ms / m.low - 1) for v, m in zip(y, own, strict=True)],
-        ]
-        bars = axes.errorbar(x, y, yerr=spread, fmt="o", capsize=2, markersize=4, color=style["color"])
-        bars.set_label(shorten(label, 40) if label != "all" else "measured")
+        bars = axes.errorbar(x, y, yerr=_spread(y, own), fmt="o", capsize=2, markersize=4, color=style["color"])
+        bars.set_label(label if label != "all" else own[0].variant.get("exchange", ""))
         if (fit := fit_of(own[0], fits)) is not None:
             sizes = np.geomspace(min(x), max(x), 100)
             ranks = int(own[0].line["ranks"])
@@ -236,7 +255,8 @@ def bandwidth_figure(measured: Sequence[Measured], fits: Sequence[Line], theme: 
     axes.tick_params(axis="x", labelrotation=30)
     axes.set_xlabel("message from each rank to each")
     axes.set_ylabel("bus bandwidth, GB/s")
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.set_title(f"{str(measured[0].variant.get('direction')).capitalize()}: measured, and fitted as a line")
+    figure.legend(loc="outside lower left", frameon=False, fontsize=8)
     return figure
 
 
@@ -258,24 +278,25 @@ def predicted_seconds(fit: Line, sizes: Any) -> Any:
 
 def skew_figure(measured: Sequence[Measured], theme: Theme) -> Figure:
     """Time over that of the even exchange, over the share of rows that all go to one rank."""
-    figure = new_figure(WIDTH, 3.9)
+    series = [(k, own) for k, own in grouped(measured, ("skew", "world")).items() if len(own) > 1][:SERIES]
+    figure = new_figure(WIDTH, 3.7 + 0.1 * len(series))
     axes = figure.subplots()
-    groups = {k: own for k, own in grouped(measured, ("skew", "world")).items() if len(own) > 1}
-    for number, (label, own) in enumerate(list(groups.items())[:SERIES]):
+    for number, (label, own) in enumerate(series):
         own = sorted(own, key=lambda m: float(m.variant["skew"]))
         axes.plot(
             [float(m.variant["skew"]) for m in own],
             [m.ms / own[0].ms for m in own],
             marker="o",
             markersize=4,
-            label=shorten(_with_size(label, own[0]), 40),
+            label=_with_size(label, own[0]),
             **_style(theme, number),
         )
     axes.set_ylim(0, None)
     axes.axhline(1, color=theme.muted, linewidth=1)
     axes.set_xlabel("share of rows that go to one rank")
-    axes.set_ylabel("time over the even exchange's")
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    axes.set_ylabel("time over the least skewed")
+    axes.set_title("Forward, by skew")
+    figure.legend(loc="outside lower left", frameon=False, fontsize=8, ncols=2)
     return figure
 
 
@@ -286,21 +307,21 @@ def _with_size(label: str, measured: Measured) -> str:
 
 def scaling_figure(series: Mapping[str, Sequence[Measured]], theme: Theme) -> Figure:
     """Throughput over the number of processes, and what it would be if each added as much as the first."""
-    figure = new_figure(WIDTH, 3.9)
+    figure = new_figure(WIDTH, 3.7 + 0.19 * min(SERIES, len(series)))
     axes = figure.subplots()
     worlds = sorted({m.world for own in series.values() for m in own})
     for number, (label, own) in enumerate(list(series.items())[:SERIES]):
         style = _style(theme, number)
         x = [m.world for m in own]
         first = (own[0].rate or 0.0) / own[0].world
-        axes.plot(x, [m.rate or 0.0 for m in own], marker="o", markersize=4, label=shorten(label, 40), **style)
+        axes.plot(x, [m.rate or 0.0 for m in own], marker="o", markersize=4, label=shorten(label, 70), **style)
         axes.plot(x, [first * w for w in x], color=style["color"], linewidth=0.8, alpha=0.5, linestyle=(0, (1, 2)))
     axes.set_xticks(worlds, [str(w) for w in worlds])
     axes.set_ylim(0, None)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     axes.set_xlabel("processes; dotted: each adds as much as the first")
     axes.set_ylabel(next(iter(series.values()))[0].rate_unit)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower left", frameon=False, fontsize=8)
     return figure
 
 
@@ -343,7 +364,7 @@ def bytes_said(size: float) -> str:
     return f"{size:.0f} B"
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Three digits; thousands as k."""
     for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor:
