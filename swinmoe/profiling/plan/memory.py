@@ -142,20 +142,24 @@ def _rows_kept(spread: Spread) -> float:
 
 
 def _decisions(spread: Spread) -> float:
-    """Bytes of scores and queues, which are never computed again."""
-    layer, at = spread.layer, spread.at
-    return at.images * layer.tokens * (5 * layer.num_experts * at.wide + 6 * layer.top_k * 8)
+    """Bytes of scores and queues, which are never computed again; each loss keeps tables of its own."""
+    layer, at, losses = spread.layer, spread.at, spread.moe.losses
+    tables = 1 + 4 * losses.needs_noise + (losses.importance > 0) + (losses.z > 0)
+    return at.images * layer.tokens * (tables * layer.num_experts * at.wide + 3 * layer.top_k * 8)
 
 
 def kept_for_backward(config: ModelConfig, spreads: list[Spread], at: Setting) -> tuple[float, float]:
     """(activations, rows of expert layers): bytes that autograd keeps at the end of a micro-batch's forward pass."""
     sparse = {(s.layer.stage, s.layer.block) for s in spreads}
+    pre_norm = resolve_style(config.style).norm == "pre"
     kept = shared = 0.0
     for stage, depth in enumerate(config.depths):
         block, recomputed = _block(config, stage, at), config.recomputes(stage)
         for index in range(depth):
             if recomputed:
-                kept += block.input * (3 if (stage, index) in sparse else 1)
+                # Routing lies between two regions: what enters each, and the normed tokens where they are another
+                regions = 3 if pre_norm else 2
+                kept += block.input * (regions if (stage, index) in sparse else 1)
             else:
                 shared += block.bias[index % 2]
                 # of an expert layer's branch: the norm's input, the router's, and drop path's

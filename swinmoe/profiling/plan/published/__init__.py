@@ -1,0 +1,1 @@
+"""Published figures, as data, and how far the plan is from them."""
