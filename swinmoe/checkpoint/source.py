@@ -10,17 +10,18 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from swinmoe.checkpoint.huggingface import settings_of
 from swinmoe.checkpoint.layouts import recognise
+from swinmoe.checkpoint.manifest import MANIFEST
 from swinmoe.checkpoint.naming import to_files
-from swinmoe.checkpoint.reader import model_config, read_model
+from swinmoe.checkpoint.reader import checkpoints, model_config, read_model
 from swinmoe.checkpoint.tutel import join_ranks
 from swinmoe.checkpoint.unpickle import find_tensors, read_pickle
 from swinmoe.config import ModelConfig
@@ -29,6 +30,19 @@ from swinmoe.errors import CheckpointError, DamagedError
 SourceLike = Mapping[str, Tensor] | str | Path | Sequence[str | Path]
 
 _RANK = re.compile(r"(?P<stem>.*)\.rank(?P<rank>\d+)")
+_WEIGHTS = re.compile(r"\.(pth|pt|bin|ckpt|global|master|rank\d+)$")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file within an archive."""
+
+    label: str
+    data: io.BytesIO
+
+
+File = Path | Member
+AnyFile = TypeVar("AnyFile", Path, Member, File)
 
 
 @dataclass(frozen=True)
@@ -67,44 +81,45 @@ def read_source(source: SourceLike, allow: Sequence[str] = ()) -> Source:
         return _read_path(paths[0], allow)
     if len({path.name for path in paths}) < len(paths):
         raise CheckpointError(f"of {len(paths)} files some have the same name; give the files of one folder")
-    return _read_ranks({path.name: path for path in paths}, f"{len(paths)} files", allow)
+    return _read_several({path.name: path for path in paths}, f"{len(paths)} files", allow)
 
 
 def _read_path(path: Path, allow: Sequence[str]) -> Source:
     label = str(path)
     if path.is_dir():
         return _read_folder(path, allow)
-    siblings = {p.name: p for p in path.parent.glob(f"{path.name}.*")} if path.parent.is_dir() else {}
-    if not path.exists():
-        if f"{path.name}.rank0" in siblings:
-            return _read_ranks(siblings, label, allow)
+    if path.suffix == ".zip" and path.exists():
+        return _read_archive(path, allow)
+    ranked = _RANK.fullmatch(path.name)
+    stem = ranked["stem"] if ranked and path.exists() else path.name
+    siblings = {p.name: p for p in path.parent.iterdir()} if path.parent.is_dir() else {}
+    if not path.exists() or ranked:
+        of_ranks = _of_stem(stem, siblings)
+        if any(_RANK.fullmatch(name) for name in of_ranks):
+            return _read_ranks(stem, of_ranks, str(path.with_name(stem)), allow)
         if f"{path.name}.global" in siblings:
             return _interpret(_read_file(siblings[f"{path.name}.global"]), label)
         raise CheckpointError(f"{label!r} does not exist, nor {label + '.rank0'!r}; give a file, a folder or all files")
-    if path.suffix == ".zip":
-        return _read_archive(path, allow)
-    if _RANK.fullmatch(path.name):
-        stem = path.name.rsplit(".rank", 1)[0]
-        return _read_ranks({p.name: p for p in path.parent.glob(f"{stem}.*")}, str(path.with_name(stem)), allow)
     found = _interpret(_read_file(path), label)
     return replace(found, config=_config_of(path)) if path.suffix == ".safetensors" else found
 
 
 def _read_folder(folder: Path, allow: Sequence[str]) -> Source:
-    if (folder / "checkpoints").is_dir() or any(folder.rglob("*.safetensors")):
+    here = (folder, folder / "checkpoints")
+    if (folder / MANIFEST).is_file() or any(folder.glob("*.safetensors")) or any(checkpoints(place) for place in here):
         found = _interpret(dict(read_model(folder)), str(folder))
         return replace(found, config=_config_of(folder), hints=_hints_of(folder))
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if pickles:
-        found = _interpret({n: t for path in pickles for n, t in _read_file(path).items()}, str(folder))
+        found = _interpret(_merge({path.name: _read_file(path) for path in pickles}), str(folder))
         return replace(found, hints=_hints_of(folder))
-    ranks = {path.name: path for path in folder.iterdir() if path.is_file()}
-    stems = {match["stem"] for name in ranks if (match := _RANK.fullmatch(name))}
+    files = {path.name: path for path in folder.iterdir() if path.is_file()}
+    stems = _stems(files)
     if len(stems) == 1:
-        return _read_ranks({n: p for n, p in ranks.items() if n.startswith(next(iter(stems)))}, str(folder), allow)
+        return _read_ranks(stems[0], _of_stem(stems[0], files), str(folder), allow)
     if stems:
-        raise CheckpointError(f"{str(folder)!r} holds several checkpoints {sorted(stems)}; name one of them")
-    single = [path for name, path in ranks.items() if name.endswith((".pth", ".pt", ".pth.global"))]
+        raise CheckpointError(f"{str(folder)!r} holds several checkpoints {stems}; name one of them")
+    single = [path for name, path in files.items() if name.endswith((".pth", ".pt", ".pth.global"))]
     if len(single) == 1:
         return _interpret(_read_file(single[0]), str(single[0]))
     raise CheckpointError(
@@ -132,30 +147,71 @@ def _hints_of(folder: Path) -> dict[str, Any]:
 
 
 def _read_archive(path: Path, allow: Sequence[str]) -> Source:
+    """A zip's files of weights; notes beside them, and what systems put into archives, are passed over."""
+    members: dict[str, tuple[str, io.BytesIO]] = {}
+    member = ""
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {Path(n).name: io.BytesIO(archive.read(n)) for n in archive.namelist() if n[-1] != "/"}
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(f"{str(path)!r} is damaged, or no zip: {error}; get it again") from error
-    return _read_ranks(members, str(path), allow)
+            for member in archive.namelist():
+                name = member.rpartition("/")[2]
+                if member.startswith("__MACOSX/") or name.startswith(".") or not _WEIGHTS.search(name):
+                    continue
+                if name in members:
+                    raise CheckpointError(
+                        f"{str(path)!r} holds both {members[name][0]!r} and {member!r}; give the files of one model"
+                    )
+                members[name] = member, io.BytesIO(archive.read(member))
+    except CheckpointError:
+        raise
+    except Exception as error:  # bad headers raise as much as bad contents, and not only what the library declares
+        at = f" at {member!r}" if member else ""
+        raise CheckpointError(f"{str(path)!r} is damaged{at}, or no zip: {error}; get it again") from error
+    if not members:
+        raise CheckpointError(f"{str(path)!r} holds no file of weights (.pth, .pt, .bin, .pth.rank0 ...)")
+    files = {name: Member(f"{str(path)!r}, {member!r}", data) for name, (member, data) in members.items()}
+    return _read_several(files, str(path), allow)
 
 
-def _read_ranks(files: Mapping[str, Path | io.BytesIO], label: str, allow: Sequence[str]) -> Source:
-    numbers = {int(found["rank"]): name for name in files if (found := _RANK.fullmatch(name))}
-    if not numbers:
-        if len(files) == 1:
-            return _interpret(_read_file(next(iter(files.values()))), label)
+def _read_several(files: Mapping[str, File], label: str, allow: Sequence[str]) -> Source:
+    """Files of ranks of one checkpoint, or files that share a model out; all of them count."""
+    stems = _stems(files)
+    if not stems:
         return _interpret(_merge({name: _read_file(file) for name, file in files.items()}), label)
+    others = sorted(set(files) - set(_of_stem(stems[0], files)))
+    if len(stems) > 1 or others:
+        raise CheckpointError(
+            f"{label} are not of one checkpoint: there are ranks of {stems}"
+            + (f" and, no rank of {stems[0]!r}, {others[:4]}" if len(stems) == 1 else "")
+            + "; give the files NAME.rank0, NAME.rank1 ... and NAME.master of one NAME"
+        )
+    return _read_ranks(stems[0], files, label, allow)
+
+
+def _stems(files: Iterable[str]) -> list[str]:
+    """NAME of every NAME.rankN."""
+    return sorted({match["stem"] for name in files if (match := _RANK.fullmatch(name))})
+
+
+def _of_stem(stem: str, files: Mapping[str, AnyFile]) -> dict[str, AnyFile]:
+    """Of `files` those of the ranks of one checkpoint, and what they share."""
+    ranks = {name: file for name, file in files.items() if (match := _RANK.fullmatch(name)) and match["stem"] == stem}
+    return ranks | {name: files[name] for name in (f"{stem}.master",) if name in files}
+
+
+def _read_ranks(stem: str, files: Mapping[str, File], label: str, allow: Sequence[str]) -> Source:
+    numbers: dict[int, str] = {}
+    for name in files:
+        if (found := _RANK.fullmatch(name)) is not None:
+            if int(found["rank"]) in numbers:
+                raise CheckpointError(f"{label}: {name!r} and {numbers[int(found['rank'])]!r} are of the same rank")
+            numbers[int(found["rank"])] = name
     missing = sorted(set(range(max(numbers) + 1)) - set(numbers))
     if missing:
         raise CheckpointError(
             f"{label} lacks the files of ranks {missing}; all are needed, since each has other experts"
         )
     ranks = [_read_file(files[numbers[rank]]) for rank in sorted(numbers)]
-    masters = [name for name in files if name.endswith(".master")]
-    if len(masters) > 1:
-        raise CheckpointError(f"{label} has several shared files {sorted(masters)}; name the files of one checkpoint")
-    master = _read_file(files[masters[0]]) if masters else None
+    master = _read_file(files[f"{stem}.master"]) if f"{stem}.master" in files else None
     state, notes = join_ranks(ranks, master, allow)
     return _interpret(state, label, notes)
 
@@ -175,13 +231,14 @@ def _merge(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return state
 
 
-def _read_file(file: Path | io.BytesIO) -> dict[str, Tensor]:
-    if isinstance(file, Path):
-        if not file.exists():
-            raise CheckpointError(f"{str(file)!r} does not exist; give the file of weights")
-        if file.suffix == ".safetensors":
-            return dict(read_model(file))
-    return read_pickle(file, repr(str(file)) if isinstance(file, Path) else "a file of the archive")
+def _read_file(file: File) -> dict[str, Tensor]:
+    if isinstance(file, Member):
+        return read_pickle(file.data, file.label)
+    if not file.exists():
+        raise CheckpointError(f"{str(file)!r} does not exist; give the file of weights")
+    if file.suffix == ".safetensors":
+        return dict(read_model(file))
+    return read_pickle(file, repr(str(file)))
 
 
 def _interpret(state: Mapping[str, Tensor], label: str, notes: Mapping[str, str] | None = None) -> Source:

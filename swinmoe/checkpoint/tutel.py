@@ -23,6 +23,8 @@ State = Mapping[str, Tensor]
 
 EXPERT = re.compile(r"(?P<layer>(?:.*\.)?)experts\.batched_(?P<part>fc[12]_(?:w|bias))")
 COUNT = "_num_global_experts"
+EQUAL = "ranks-equal"
+"""What allows the files of two ranks to hold the same experts."""
 
 
 def _transposed(x: Tensor) -> Tensor:
@@ -67,16 +69,18 @@ def join_ranks(
     Args:
         ranks: in the order of ranks; all names, or those of experts only where there is a `master`.
         master: what ranks share, of Microsoft's final files. It also has rank 0's part of frozen biases.
-        allow: patterns, as `ranks:norm.*`, of shared names that may differ between ranks; rank 0's are taken then.
+        allow: patterns, as `ranks:norm.*`, of shared names that may differ between ranks; rank 0's are taken then. And
+            `ranks-equal`, if two ranks may have equal experts.
 
     Returns:
         Names -> tensors with experts whole, and what was changed in taking them: name -> how.
 
     Raises:
-        CheckpointError: ranks are missing, or have not the same names, or differ in what they share.
+        CheckpointError: ranks are missing, have not the same names, have equal experts, or differ in what they share.
     """
     experts = sorted(name for name in ranks[0] if EXPERT.fullmatch(name))
     _check_names(ranks)
+    _check_own_experts(ranks, experts, allow)
     state = dict(master or {})
     notes: dict[str, str] = {}
     for name, tensor in ranks[0].items():
@@ -231,6 +235,24 @@ def _check_names(ranks: Sequence[State]) -> None:
                 f"rank {number}'s file and rank 0's do not name the same tensors ({sorted(odd)[:4]}); they are not of "
                 "one checkpoint"
             )
+
+
+def _check_own_experts(ranks: Sequence[State], experts: Sequence[str], allow: Sequence[str]) -> None:
+    """No two files hold the same experts, as a file copied over another's name would: nothing else tells."""
+    if EQUAL in allow:
+        return
+    seen: dict[tuple[float, ...], list[int]] = {}  # by a few values each, so that few are compared in full
+    for number, rank in enumerate(ranks):
+        key = tuple(float(value) for name in experts for value in rank[name].flatten()[:4])
+        for other in seen.setdefault(key, []):
+            if any(rank[name].any() for name in experts) and all(
+                torch.equal(rank[name], ranks[other][name]) for name in experts
+            ):
+                raise CheckpointError(
+                    f"the files of ranks {other} and {number} hold the same experts to the bit: one was copied over "
+                    f"the other? Get it again; if all experts started as copies, allow it: {EQUAL!r}"
+                )
+        seen[key].append(number)
 
 
 def _compare(name: str, tensors: Sequence[Tensor], allow: Sequence[str]) -> str:
