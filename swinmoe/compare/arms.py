@@ -44,6 +44,7 @@ def resolve_arms(config: CompareConfig, seed: int) -> dict[str, RunConfig]:
                     "batch_size",
                     "accumulation",
                     "precision",
+                    "tf32",
                     "label_smoothing",
                     "eval_batch_size",
                     "eval_every_epochs",

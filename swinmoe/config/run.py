@@ -188,6 +188,9 @@ class TrainConfig:
     label_smoothing: float = 0.0
     ema_decay: float | None = None
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    tf32: bool = False
+    """On a GPU: float32 matrix products and convolutions in TensorFloat-32, which rounds their operands to 10 bits of
+    mantissa. The gate stays exact (`moe.router.fp32`)."""
     offload_activations: bool = False
     """What the backward pass needs waits for it in the host's memory (pinned, for a GPU); weights stay."""
     compile: bool = False

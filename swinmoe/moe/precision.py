@@ -19,6 +19,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+def rounds_products(x: Tensor) -> bool:
+    """True where float32 matrix products of `x` are computed in TensorFloat-32 or less (`train.tf32`)."""
+    return x.is_cuda and torch.get_float32_matmul_precision() != "highest"
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context in which products run in the dtype of their operands."""
     return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)

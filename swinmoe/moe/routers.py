@@ -1,7 +1,8 @@
 """Tokens -> Routing: scores, noise, the choice of k experts, and the gates.
 
 Shapes: T tokens, D width, E experts (global), K choices, P projection width.
-Everything runs in float32 or wider, under autocast too: bfloat16 scores are too coarse to compare experts with.
+Everything runs in float32 or wider, under autocast and TensorFloat-32 too: scores of 8 or 11 bits are too coarse to
+compare experts with.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinmoe.config.moe import MoEConfig
-from swinmoe.moe.precision import without_autocast
+from swinmoe.moe.precision import rounds_products, without_autocast
 from swinmoe.moe.registry import register_router
 from swinmoe.moe.types import Routing
 from swinmoe.randomness import generator
@@ -70,7 +71,11 @@ class Router(nn.Module):
         """
         with without_autocast(x) if self.cfg.fp32 else nullcontext():
             wide = torch.promote_types(x.dtype, torch.float32) if self.cfg.fp32 else x.dtype
-            logits = self.score(x.to(wide))
+            if self.cfg.fp32 and rounds_products(x):
+                # TensorFloat-32 has no more bits than float16, and its switch is the whole process's: go round it.
+                logits = self.score(x.double()).to(wide)
+            else:
+                logits = self.score(x.to(wide))
             noisy = logits if noise is None else logits + noise.to(logits.dtype)
             probs = noisy.softmax(-1) if self.cfg.score == "softmax" else noisy.sigmoid()
             # The bias enters the choice and never the gate (Wang et al. 2024, eq. 3). Without it logits decide: they

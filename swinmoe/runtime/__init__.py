@@ -12,6 +12,7 @@ from swinmoe.runtime.processes import (
     start_processes,
     stop_processes,
 )
+from swinmoe.runtime.tf32 import use_tf32
 
 __all__ = [
     "UNKNOWN",
@@ -27,4 +28,5 @@ __all__ = [
     "make_accelerator",
     "start_processes",
     "stop_processes",
+    "use_tf32",
 ]

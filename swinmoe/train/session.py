@@ -25,6 +25,7 @@ from swinmoe.runtime import (
     launched_restarts_allowed,
     make_accelerator,
     stop_processes,
+    use_tf32,
 )
 from swinmoe.train.arm import Arm
 from swinmoe.train.job import Job
@@ -103,6 +104,9 @@ class Session:
         taken, reason = next((layer.dispatcher_taken() for layer in arm.raw.moe_layers().values()), (None, ""))
         if reason:
             self.progress.say(f"{arm.name:>10} moe.dispatcher=auto takes {taken}: {reason}")
+        tactics = memory_tactics(arm, self.mesh.world)
+        if tactics:
+            self.progress.say(f"{arm.name:>10} saves memory by {'; '.join(tactics)}")
         if arm.compiled is not None:
             self.progress.say(f"{arm.name:>10} {arm.compiled}; the first step takes minutes")
         self.records.write(
@@ -122,6 +126,28 @@ class Session:
             steps=arm.length.steps,
             config=to_tree(arm.run),
         )
+
+
+def memory_tactics(arm: Arm, world: int) -> list[str]:
+    """How an arm saves memory, in words, and what of it is in vain here."""
+    said, run = [], arm.run
+    recomputed = run.model.grad_checkpointing
+    if recomputed is True:
+        said.append("recomputing blocks")
+    elif recomputed:
+        said.append(f"recomputing blocks of stages {list(recomputed)}")
+    if run.model.attention_chunks != 1:
+        said.append(f"attention in chunks ({run.model.attention_chunks})")
+    if run.train.offload_activations:
+        said.append(
+            "keeping activations on the host" + ("" if arm.device.type == "cuda" else ", where they are anyway")
+        )
+    alone = ", of no use on one process" if world == 1 else ""
+    if run.parallel.zero:
+        said.append(f"dealing out the optimiser's moments (ZeRO){alone}")
+    if run.parallel.shard_dense:
+        said.append(f"cutting dense parameters over ranks (FSDP2){alone}")
+    return said
 
 
 def make_stream(run: RunConfig, bundle: DataBundle, mesh: Mesh) -> TrainStream:
@@ -178,6 +204,7 @@ def open_session(
         tensorboard_dir=folder / "tensorboard" if run.log.tensorboard else None,
         timeout_minutes=run.parallel.timeout_minutes,
     )
+    use_tf32(run.train.tf32)
     path = folder / "records.jsonl"
     used = path.exists()
     # Before groups are formed: ranks of different configs would wait for each other there.

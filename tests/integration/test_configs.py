@@ -19,6 +19,7 @@ from swinmoe.compare import compare, resolve_arms
 from swinmoe.config import CompareConfig, RunConfig, resolve_style
 from swinmoe.config.io import build, dump, load, merge, read_yaml
 from swinmoe.config.profile import LayerSweepConfig, ModelSweepConfig, listed
+from swinmoe.config.profile_exchange import ExchangeSweepConfig, listed_exchange
 from swinmoe.config.shrink import shrink, shrink_comparison
 from swinmoe.models.build import build_model
 from swinmoe.models.counts import count
@@ -186,6 +187,9 @@ def test_a_profile_sweeps_over_what_can_be(file):
     elif tree["what"] == "model":
         for run in runs_of_sweep(build(ModelSweepConfig, tree), []).values():
             assert build_model(run.model, device="meta").moe_layers()
+    else:
+        workloads, refused = build(ExchangeSweepConfig, listed_exchange(tree)).workloads()
+        assert len({workload.bytes for workload in workloads}) >= 3 and not refused
 
 
 @pytest.mark.parametrize("what", ["layer", "model"])
@@ -203,6 +207,7 @@ def test_a_debug_profile_leaves_records(what, tmp_path, monkeypatch):
     dense = [line for line in lines[1:] if line["variant"]["dispatcher"] == "dense"]
     assert lines[0]["kind"] == "profile" and lines[0]["what"] == what
     assert (len(dense), len(lines)) == {"layer": (1, 6), "model": (2, 5)}[what]
+    assert (tmp_path / "report.html").is_file()
 
 
 NOWHERE = {
@@ -238,6 +243,7 @@ NOWHERE = {
     "ParallelConfig.timeout_minutes": "a matter of the machine",
     "TrainConfig.compile": "takes minutes of a C++ compiler; test_train runs it",
     "TrainConfig.offload_activations": "of use on a GPU alone",
+    "TrainConfig.tf32": "of use on a GPU alone",
 }
 """Fields that every file leaves alone, and why."""
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 from rich.console import Console
 
 from swinmoe.config import RunConfig
@@ -18,7 +19,7 @@ from swinmoe.parallel import Mesh
 from swinmoe.records import RunRecord, read_records
 from swinmoe.train import Arm
 from swinmoe.train.progress import Progress
-from swinmoe.train.session import Session
+from swinmoe.train.session import Session, memory_tactics
 
 
 def described(tmp_path: Path, moe: dict[str, Any] | None) -> tuple[dict[str, Any], str]:
@@ -60,3 +61,29 @@ def test_where_the_config_names_it_nothing_is_said(
 ) -> None:
     record, said = described(tmp_path, moe)
     assert (record["dispatcher"], record["dispatcher_reason"], said) == (taken, None, "")
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "parallel", "said"),
+    [
+        ({}, {}, {}, []),
+        ({"grad_checkpointing": True}, {}, {}, ["recomputing blocks"]),
+        ({"grad_checkpointing": [1]}, {}, {}, ["recomputing blocks of stages [1]"]),
+        ({"attention_chunks": 4}, {}, {}, ["attention in chunks (4)"]),
+        ({}, {"offload_activations": True}, {}, ["keeping activations on the host, where they are anyway"]),
+        (
+            {},
+            {},
+            {"zero": True, "shard_dense": True},
+            [
+                "dealing out the optimiser's moments (ZeRO), of no use on one process",
+                "cutting dense parameters over ranks (FSDP2), of no use on one process",
+            ],
+        ),
+    ],
+    ids=str,
+)
+def test_how_memory_is_saved_is_said(model: Any, train: Any, parallel: Any, said: list[str]) -> None:
+    run = build(RunConfig, {"model": {"preset": "swin_moe_micro", **model}, "train": train, "parallel": parallel})
+    arm = cast(Arm, SimpleNamespace(run=run, device=torch.device("cpu")))
+    assert memory_tactics(arm, 1) == said

@@ -1,0 +1,114 @@
+"""Whatever the rest of a model computes in, its gates score in float32 at least."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from swinmoe.config import MoEConfig, RouterConfig
+from swinmoe.models import SwinTransformer, create_model
+from swinmoe.moe import MoEMlp, precision, routers
+from swinmoe.moe.types import Routing
+from swinmoe.runtime import use_tf32
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+AROUND: dict[str, Any] = {
+    "fp32": nullcontext,
+    "fp64": nullcontext,
+    "bf16": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "fp16": lambda: torch.autocast("cpu", dtype=torch.float16),
+}
+
+
+def model_of(router: str, name: str) -> tuple[SwinTransformer, Tensor]:
+    model = create_model("swin_moe_micro", num_classes=5, moe={"router": {"type": router}})
+    dtype = torch.float64 if name == "fp64" else torch.float32
+    model = model.to(dtype)
+    model.prepare_tables()
+    return model, IMAGES.to(dtype)
+
+
+def watched(model: SwinTransformer) -> list[tuple[MoEMlp, Tensor, Routing]]:
+    """Fills with (layer, tokens, routing) of every gate, as it is passed."""
+    seen: list[tuple[MoEMlp, Tensor, Routing]] = []
+    for layer in model.moe_layers().values():
+        layer.router.register_forward_hook(lambda _, args, out, layer=layer: seen.append((layer, args[0], out)))
+    return seen
+
+
+@pytest.mark.parametrize("router", ["linear", "cosine"])
+@pytest.mark.parametrize("name", AROUND)
+def test_gates_score_in_float32_at_least(name: str, router: str) -> None:
+    """Their logits are those of exact arithmetic on the tokens they were given, to float32's precision."""
+    model, images = model_of(router, name)
+    seen = watched(model.train())
+    with AROUND[name]():
+        model(images)
+    assert len(seen) == len(model.moe_layers()) > 0
+    wide, tolerance = (torch.float64, 1e-12) if name == "fp64" else (torch.float32, 3e-6)
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+    for layer, tokens, routing in seen:
+        assert {t.dtype for t in (routing.logits, routing.probs, routing.gates)} == {wide}
+        exact = layer.router.double().score(tokens.double()).detach()
+        assert float((routing.logits.detach() - exact).abs().max()) < tolerance * max(1.0, float(exact.abs().max()))
+        if low is not None:  # in the low precision they would be far off: the bound above means something
+            coarse = layer.router.to(low).score(tokens.to(low))
+            assert float((coarse.detach().double() - exact).abs().max()) > 30 * tolerance * float(exact.abs().max())
+
+
+def rounded(x: Tensor) -> Tensor:
+    """As a GPU's tensor cores see float32 operands in TensorFloat-32: 10 bits of mantissa."""
+    bits = x.detach().float().view(torch.int32)
+    low = torch.bitwise_and(torch.bitwise_right_shift(bits, 13), 1) + 0x0FFF
+    return torch.bitwise_and(bits + low, ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("fp32", [True, False])
+def test_the_gate_goes_round_tf32(monkeypatch: pytest.MonkeyPatch, fp32: bool) -> None:
+    """A pretended GPU that rounds float32 products and no others: never run on a real one."""
+    layer = MoEMlp(MoEConfig(num_experts=4, router=RouterConfig(fp32=fp32)), dim=16, hidden_dim=32)
+    tokens = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
+    exact = layer.router.score(tokens)
+    linear = torch.nn.functional.linear
+
+    def on_tensor_cores(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        if x.dtype == torch.float32:
+            return linear(rounded(x), rounded(w), b)
+        return linear(x, w, b)
+
+    monkeypatch.setattr(routers.F, "linear", on_tensor_cores)
+    monkeypatch.setattr(routers, "rounds_products", lambda _: True)
+    routing = layer.router(tokens)
+    off = float((routing.logits.detach() - exact).abs().max() / exact.abs().max())
+    assert routing.logits.dtype == routing.gates.dtype == torch.float32
+    assert off < 1e-6 if fp32 else off > 1e-4
+    if fp32:
+        routing.gates.sum().backward()
+        assert layer.router.weight.grad is not None and layer.router.weight.grad.dtype == torch.float32
+
+
+@pytest.fixture
+def switches() -> Iterator[None]:
+    """Puts back what the process had."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.usefixtures("switches")
+def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_tf32(True)
+    assert torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == ("high" if torch.cuda.is_available() else "highest")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    use_tf32(True)
+    assert torch.get_float32_matmul_precision() == "high"
+    assert not precision.rounds_products(torch.ones(1))  # of a CPU
+    use_tf32(False)
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
