@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,12 +32,13 @@ class Tensors(Mapping[str, Tensor]):
     Args:
         label: what this is, for messages.
         files: where they are.
+        names: those meant, where not all are.
 
     Raises:
         CheckpointError: a tensor is in several files.
     """
 
-    def __init__(self, label: str, files: list[TensorFile]) -> None:
+    def __init__(self, label: str, files: list[TensorFile], names: Collection[str] | None = None) -> None:
         self.label = label
         self.files = files
         self._homes: dict[str, TensorFile] = {}
@@ -45,6 +46,8 @@ class Tensors(Mapping[str, Tensor]):
         self._pool: ThreadPoolExecutor | None = None
         for file in files:
             for name in file.entries:
+                if names is not None and name not in names:
+                    continue
                 if name in self._homes:
                     both = f"{str(self._homes[name].path)!r} and {str(file.path)!r}"
                     raise CheckpointError(f"{label}: tensor {name!r} is in both {both}; remove the file that is wrong")

@@ -10,8 +10,11 @@ import pytest
 import torch
 import yaml
 from micro import MICRO
+from safetensors.torch import load_file
 
 from swinmoe.checkpoint import checkpoints, latest_checkpoint, load_checkpoint
+from swinmoe.checkpoint.upcycle import Upcycling
+from swinmoe.commands import upcycle
 from swinmoe.config import RunConfig
 from swinmoe.config.io import build, merge
 from swinmoe.data import build_data
@@ -162,6 +165,33 @@ def test_a_dense_source_is_upcycled_if_asked(dense: Path, tmp_path: Path) -> Non
     with torch.no_grad():
         ours = arm.raw.eval()(images).features
     torch.testing.assert_close(ours, open_model(dense)(images).features, atol=1e-5, rtol=1e-5)
+
+
+def test_moments_that_upcycling_carried_over_are_gone_on_with(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "sparse.yaml"
+    moe = {"moe": {"num_experts": 4, "top_k": 2, "router": {"normalize_gates": True}}, "moe_blocks": [[], [1]]}
+    config.write_text(yaml.safe_dump(merge(PRETRAIN, {"model": moe})))
+    given: dict[str, Any] = {"average": False, "carry_moments": True, "allow": ()}
+    upcycle.run(dense, config, tmp_path / "sparse", [], Upcycling(), **given)
+    carried = load_file(tmp_path / "sparse" / "optimizer.safetensors")
+    plan = plan_finetuning(_file(tmp_path), tmp_path / "sparse", ["train.steps=2"])
+    folder, _ = finetune(plan, show=False)
+    steps = {name: float(value) for name, value in _tensors(folder, "optimizer").items() if name.endswith("#step")}
+    already = {name: float(carried[name]) for name in steps}
+    assert already[f"{LAYER}.experts.fc1_weight#step"] == 3
+    assert steps == {name: 2 + (0 if name.startswith("head.") else already[name]) for name in steps}
+    monkeypatch.setattr("swinmoe.train.finetune.fit", lambda *_: None)  # before the first step
+    _, arm = finetune(plan_finetuning(_file(tmp_path, finetune={"freeze": "router"}), plan.source.path, ["name=b"]))
+    begun = {name: {k: v.clone() for k, v in arm.optimizer.state[p].items()} for name, p in arm.raw.named_parameters()}
+    for name, state in begun.items():
+        if name.startswith("head.") or ".router." in name:
+            assert not state
+        elif ".experts." not in name:
+            assert all(torch.equal(value, carried[f"{name}#{key}"]) for key, value in state.items()) and len(state) == 3
+    one = begun[f"{LAYER}.experts.fc2_weight"]["exp_avg_sq"][3]
+    assert torch.equal(one, carried[f"{LAYER}.experts.3.fc2.weight#exp_avg_sq"]) and one.any()
 
 
 def test_weights_and_average_can_be_chosen(dense: Path, tmp_path: Path) -> None:
