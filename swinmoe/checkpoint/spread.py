@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from swinmoe.checkpoint.deal import Dealer
 from swinmoe.checkpoint.naming import expert_key
 from swinmoe.checkpoint.reader import Tensors
-from swinmoe.checkpoint.tensor_file import Band, Shape
+from swinmoe.checkpoint.tensor_file import Shape
 from swinmoe.comm import all_gather_rows
 from swinmoe.errors import CheckpointError
 from swinmoe.moe import MoEMlp
@@ -212,46 +213,49 @@ def wholes(
 
 def form_slice_groups(found: Mapping[str, Stack], mesh: Mesh) -> None:
     """Form the groups that `wholes` needs. A collective call."""
-    for slices in sorted({stack.slices for stack in found.values() if stack.slices > 1}):
+    for slices in _slice_counts(found.values()):
         _slice_group(mesh, slices)
 
 
 def read_held(held: Mapping[str, Held], source: Tensors, mesh: Mesh) -> None:
-    """Fill this rank's tensors from files, reading only what it holds; nothing is certain before `source.settle()`.
+    """Fill this rank's tensors from files, reading what it holds; nothing is certain before `source.settle()`.
 
-    Bands, of sliced experts and of rows, cannot be hashed: the ranks that share them read some of these tensors whole,
-    each once, through a small buffer, to check them.
+    Of what is cut, experts in slices and rows, each tensor is read by one rank, and its parts dealt out
+    (`swinmoe.checkpoint.deal`): a collective call, after which ranks must agree on how it went, before the next.
 
     Raises:
         CheckpointError: names or shapes are not those of `held`; names the first ones.
         DamagedError: a file is not what was written; names it and the tensor.
     """
     _check_fit(held, source, mesh)
-    sliced = in_rows = 0
+    dealers = {
+        n: Dealer(_slice_group(mesh, n), mesh.rank % n, n) for n in _slice_counts(p.stack for p in held.values())
+    }
+    rows = Dealer(mesh.world_group, mesh.rank, mesh.world)
+    problem: CheckpointError | None = None
     for name, part in held.items():
-        stack = part.stack
+        stack, cut = part.stack, part.cut
         if part.holders is not None and mesh.rank not in part.holders:
             continue
-        if stack is None:
-            if part.cut is None:
+        if stack is not None and stack.slices > 1:
+            key, width = name_in_files(name, mesh.ep_rank // stack.slices), part.tensor.shape[stack.axis + 1]
+            dealers[stack.slices].fill(part.tensor[0], source, key, stack.axis, [width] * stack.slices)
+            continue
+        if stack is None and cut is not None:
+            lengths = [max(0, min(cut.share, cut.rows - rank * cut.share)) for rank in range(mesh.world)]
+            rows.fill(part.tensor, source, name, 0, lengths)
+            continue
+        try:
+            if stack is None:
                 source.read_into(name, part.tensor)
                 continue
-            if part.tensor.numel():
-                source.read_into(name, part.tensor, Band(0, part.cut.first, part.tensor.shape[0]))
-            if in_rows % mesh.world == mesh.rank:
-                source.file(name).verify(name)
-            in_rows += 1
-            continue
-        if stack.slices == 1:
             for local in range(part.tensor.shape[0]):
                 source.read_into(name_in_files(name, _first_expert(part, mesh) + local), part.tensor[local])
-            continue
-        expert, piece = divmod(mesh.ep_rank, stack.slices)
-        key, width = name_in_files(name, expert), part.tensor.shape[stack.axis + 1]
-        source.read_into(key, part.tensor[0], Band(stack.axis, piece * width, width))
-        if sliced % stack.slices == piece:
-            source.file(key).verify(key)
-        sliced += 1
+        except CheckpointError as error:  # others wait for what this rank is to deal out
+            problem = problem or error
+    problem = next((found for found in (problem, rows.problem, *(d.problem for d in dealers.values())) if found), None)
+    if problem is not None:
+        raise problem
 
 
 def _check_fit(held: Mapping[str, Held], source: Tensors, mesh: Mesh) -> None:
@@ -307,6 +311,11 @@ def _neighbours(rank: int, slices: int) -> range:
     """The ranks that hold the slices of one expert: expert groups are runs of ranks, and slices runs inside them."""
     first = rank // slices * slices
     return range(first, first + slices)
+
+
+def _slice_counts(found: Iterable[Stack | None]) -> list[int]:
+    """Into how many slices experts are cut, in the same order on all ranks."""
+    return sorted({stack.slices for stack in found if stack is not None and stack.slices > 1})
 
 
 def _slice_group(mesh: Mesh, slices: int) -> torch.distributed.ProcessGroup | None:

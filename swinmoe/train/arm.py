@@ -7,18 +7,19 @@ gradient scaler, per-call accumulation counter and scheduler stepping are wrong 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from swinmoe.checkpoint import Content, Stack, Stored, Tensors, hold, read_held, stacks
+from swinmoe.checkpoint import Content, Stack, Stored, Tensors, hold, read_held, share, stacks
+from swinmoe.checkpoint.spread import items_of
 from swinmoe.comm.failure import naming
 from swinmoe.config import RunConfig
 from swinmoe.config.io import dump
@@ -53,6 +54,8 @@ from swinmoe.train.loss_scale import LossScale, make_loss_scale
 from swinmoe.train.metrics import IdleExperts, RoutingMeter
 from swinmoe.train.optim import make_optimizer, set_rate
 from swinmoe.train.schedule import LearningRate, Length, make_learning_rate
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -261,16 +264,16 @@ class Arm:
                 f"{[self.length.steps, self.length.seconds]}: its schedule would break; start "
                 "a new run under another name"
             )
-        self._read(stored.tensors(f"{prefix}model"), self.raw.state_dict())
+        self._read(self._open(stored, f"{prefix}model"), self.raw.state_dict())
         self.optimizer.state.clear()
-        if values["step"]:
-            moments = stored.tensors(f"{prefix}optimizer")
+        if f"{prefix}optimizer" in stored.groups:  # else no step has been taken yet, or all of them overflowed
+            moments = self._open(stored, f"{prefix}optimizer")
             self._make_moments(moments)
             self._read(moments, self._moments(), self._holders())
         if self.average is not None:
             if f"{prefix}average" not in stored.groups:
                 raise CheckpointError("train.ema_decay is set but the checkpoint holds no moving average")
-            self._read(stored.tensors(f"{prefix}average"), self.average.module.state_dict())
+            self._read(self._open(stored, f"{prefix}average"), self.average.module.state_dict())
             self.average.n_averaged.fill_(values["averaged"])
         self.step, self.seconds = values["step"], values["seconds"]
         self._logged_at = self.seconds
@@ -278,6 +281,32 @@ class Arm:
         self.idle.load(values["idle"])
         self.follower.load(values["capacity"])
         self.history = [(int(step), float(loss)) for step, loss in values["history"]]
+
+    def begin_with_moments(self, saved: Tensors) -> set[str]:
+        """Let the optimiser of a fresh arm begin with `saved`, named as in checkpoints. Returns the trained parameters
+        that find none of their shape there, and begin as always. All ranks call it.
+
+        Raises:
+            CheckpointError: see `load`.
+        """
+        keys = sorted({name.rpartition("#")[2] for name in saved})
+        fitting: set[str] = set()
+        names: set[str] = set()
+        for name, parameter in self.raw.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            scalars = {
+                f"{name}#{key}" for key in keys if f"{name}#{key}" in saved and not saved.entry(f"{name}#{key}").shape
+            }
+            shaped = {f"{name}#{key}": parameter for key in keys if f"{name}#{key}" not in scalars}
+            items = list(items_of(hold(shaped, self.stacks), self.mesh))
+            if all(item.name in saved and saved.entry(item.name).shape == item.shape.size for item in items):
+                fitting.add(name)
+                names |= {*scalars, *(item.name for item in items)}
+        part = Tensors(saved.label, saved.files, names)
+        self._make_moments(part, fitting)
+        self._read(part, self._moments(), self._holders())
+        return {name for name, parameter in self.raw.named_parameters() if parameter.requires_grad} - fitting
 
     @cached_property
     def stacks(self) -> dict[str, Stack]:
@@ -294,12 +323,12 @@ class Arm:
         found = ((name, holders_of(self.optimizer, parameter)) for name, parameter in self.raw.named_parameters())
         return {name: ranks for name, ranks in found if ranks is not None}
 
-    def _make_moments(self, saved: Tensors) -> None:
+    def _make_moments(self, saved: Tensors, names: Collection[str] | None = None) -> None:
         """Room for the optimiser's tensors, as `saved` has them: of the parameter's shape, or scalars. What another
-        rank holds is named, without room."""
+        rank holds is named, without room. `names`: of the parameters, where not all have any."""
         keys = sorted({name.rpartition("#")[2] for name in saved})
         for name, parameter in self.raw.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and (names is None or name in names):
                 whole = {key: saved.entry(f"{name}#{key}") for key in keys if f"{name}#{key}" in saved}
                 holders = holders_of(self.optimizer, parameter)
                 device = self.device if holders is None or self.mesh.rank in holders else torch.device("meta")
@@ -313,8 +342,24 @@ class Arm:
     def _read(
         self, saved: Tensors, own: Mapping[str, Tensor], holders: Mapping[str, frozenset[int]] | None = None
     ) -> None:
-        read_held(hold(own, self.stacks, holders), saved, self.mesh)
-        saved.settle()
+        def read() -> None:
+            read_held(hold(own, self.stacks, holders), saved, self.mesh)
+            saved.settle()
+
+        self._together(read)
+
+    def _open(self, stored: Stored, group: str) -> Tensors:
+        return self._together(lambda: stored.tensors(group))
+
+    def _together(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns; if it fails on one rank, its error on all: what follows is a collective call."""
+        result, problem = None, None
+        try:
+            result = work()
+        except CheckpointError as error:
+            problem = error
+        share(self.mesh, problem, None)
+        return cast(Result, result)
 
     def _backward(self, batch: Batch, micro_batches: int) -> StepResult:
         phases.turn(phases.FORWARD)

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import yaml
 
-from swinmoe.checkpoint import checkpoints, open_checkpoint
+from swinmoe.checkpoint import Tensors, checkpoints, open_checkpoint
 from swinmoe.checkpoint.load_report import LoadReport
+from swinmoe.checkpoint.manifest import MANIFEST
+from swinmoe.checkpoint.reader import locate
+from swinmoe.checkpoint.tensor_file import TensorFile
 from swinmoe.config import BalanceLossConfig, FinetuneConfig, RunConfig
 from swinmoe.config.io import Tree, build, load, merge, to_tree, with_overrides
 from swinmoe.errors import ConfigError, DamagedError
@@ -144,12 +147,31 @@ def finetune(plan: Plan, *, show: bool = True) -> tuple[Path, Arm]:
         arm = make_arm(
             "model", run, session.mesh, session.accelerator, length, job.stream.steps_per_epoch, prepare=prepare
         )
+        moments = None if plan.source is None else _moments_of(plan.source)
+        fresh = set() if moments is None else arm.begin_with_moments(moments)
         start = restore(job, [arm])
         session.begin()
         session.describe(arm)
         _tell(session, plan, arm, *begun[0])
+        if moments is not None:
+            but = f"; {len(fresh)} tensors begin without, {', '.join(sorted(fresh)[:3])} first" if fresh else ""
+            session.progress.say(f"  AdamW's moments were carried over with the model{but}")
         fit(job, [arm], start)
     return folder, arm
+
+
+def _moments_of(source: Pretrained) -> Tensors | None:
+    """What `swinmoe upcycle --moments carry` left beside a model, to be trained on with; None elsewhere. Those of a
+    training checkpoint belong to its own run, and to what that was trained on."""
+    if not Path(source.path).is_dir():
+        return None
+    place, _ = locate(source.path)
+    file = place / "optimizer.safetensors"
+    if not file.is_file():
+        return None
+    if (place / MANIFEST).is_file():
+        return open_checkpoint(place).tensors("optimizer")
+    return Tensors(repr(str(file)), [TensorFile(file)])
 
 
 def begin_with(model: SwinTransformer, source: Pretrained, settings: FinetuneConfig) -> LoadReport:

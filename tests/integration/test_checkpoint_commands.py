@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from swinmoe.cli import app
 from swinmoe.errors import Preempted
 from swinmoe.train import train
 from swinmoe.train.arm import Arm
+from swinmoe.train.loss_scale import LossScale
 
 ROOT = Path(__file__).parents[2]
 
@@ -168,3 +170,18 @@ def test_told_to_stop_while_the_last_checkpoint_is_written(
     assert not killed
     assert load_checkpoint(checkpoints(tmp_path / "run" / "checkpoints")[-1]).step == 16
     train(run_config(tmp_path, resume="auto"), show=False)  # nothing is left to do
+
+
+def test_a_run_goes_on_from_where_all_its_steps_had_overflowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW has no moments before its first step; float16 needs a GPU, its loss scale does not."""
+    monkeypatch.setattr("swinmoe.train.arm.make_loss_scale", lambda _: LossScale(2.0**68, dynamic=True))
+    train(run_config(tmp_path, checkpoint={"keep_last": 99}), show=False)
+    folder = tmp_path / "run" / "checkpoints"
+    lines, final = curve(tmp_path), tensors(tmp_path)
+    for path in checkpoints(folder)[1:]:
+        shutil.rmtree(path)
+    [first] = checkpoints(folder)
+    assert "optimizer" not in load_checkpoint(first).tensors and any("exp_avg" in name for name in final)
+    train(run_config(tmp_path, resume="auto"), show=False)
+    assert curve(tmp_path) == lines
+    assert all(torch.equal(tensor, final[name]) for name, tensor in tensors(tmp_path).items())

@@ -213,7 +213,7 @@ def test_whatever_goes_wrong_while_publishing_is_said(
 
     with monkeypatch.context() as patched:
         patched.setattr("swinmoe.checkpoint.saver.write_text", broken)
-        with pytest.raises(CheckpointError, match="step-00000002': a mistake of ours; .*this is a TypeError"):
+        with pytest.raises(CheckpointError, match=r"step-00000002': a mistake of ours; .*this is a TypeError"):
             _save(tmp_path, 2, asynchronous=asynchronous)
     assert latest_checkpoint(tmp_path) == good
 
