@@ -3,8 +3,8 @@
     python docs/results/plan.py run --out runs/plan                 # measures; resumable; some 15 idle minutes
     python docs/results/plan.py page --out runs/plan --page docs/results/DATE-plan.md
 
-`run` calibrates by `swinmoe plan --calibrate` on 4 processes and by `swinmoe profile model` on some configs, and measures
-others, on 1, 2 and 4 processes of one thread each. `page` scales the calibrated figures by the first and predicts the
+`run` calibrates by `swinmoe plan --calibrate` on 4 processes and by `swinmoe profile model` on some configs, and
+measures others, on 1, 2 and 4 processes of one thread each. `page` scales the calibrated figures by the first and predicts the
 others, which took no part in it: the error allowed is 10 %, or twice the spread between two runs of the same
 measurement. Then tables 2 and 7 of the Tutel paper (`swinmoe.profiling.plan.published`), and the memory of Swin V2-G.
 `--quick` measures three rounds of everything once: a check that says nothing about errors.
@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+
+from rich.console import Console
 
 from swinmoe.config import RunConfig
 from swinmoe.config.io import load
@@ -121,7 +123,7 @@ def start(words: tuple[str, ...]) -> None:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
 
 
 def seconds(out: Path, case: Case) -> list[float]:
@@ -233,7 +235,7 @@ def main() -> None:
     elif words.what == "page":
         page(words.out, words.page or Path(f"docs/results/{datetime.now(UTC):%Y-%m-%d}-plan.md"))
     else:
-        print("\n".join(lines(*compare()) if words.what == "published" else giant()))
+        sys.stdout.write("\n".join(lines(*compare()) if words.what == "published" else giant()) + "\n")
 
 
 if __name__ == "__main__":
