@@ -6,6 +6,7 @@ state and a resumed run repeats an uninterrupted one exactly.
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Never
 import torch
 
 from swinmoe.checkpoint import Saver
+from swinmoe.config import RunConfig
 from swinmoe.errors import NonFiniteLossError, Preempted
 from swinmoe.train.arm import Arm
 from swinmoe.train.evaluate import evaluate
@@ -40,6 +42,11 @@ def fit(job: Job, arms: Sequence[Arm], start: Start) -> None:
     go_on_from(job, arms, start)
     if all(arm.done for arm in arms):
         return
+    if keeps_no_best(job.run, job.stream.steps_per_epoch, max(arm.length.steps or sys.maxsize for arm in arms)):
+        job.progress.say(
+            f"checkpoint.keep_best={job.run.checkpoint.keep_best} has nothing to choose from: no step before the last "
+            "is both evaluated and saved; let train.eval_every_epochs and checkpoint.every_epochs or every_steps meet"
+        )
     saver = make_saver(job, arms)
     with StopSignals() as signals:  # until the last file is on the disk: being told to stop must not tear that
         try:
@@ -118,6 +125,18 @@ def _saves_at(job: Job, step: int) -> bool:
     at_step = settings.every_steps > 0 and step % settings.every_steps == 0
     at_epoch = settings.every_epochs > 0 and step % (settings.every_epochs * epoch) == 0
     return at_step or at_epoch
+
+
+def keeps_no_best(run: RunConfig, steps_per_epoch: int, steps: int) -> bool:
+    """True if `checkpoint.keep_best` is set, and saves and evaluations never meet before the last of `steps`."""
+    settings, every = run.checkpoint, run.train.eval_every_epochs
+    if not settings.keep_best:
+        return False
+    if every is None:
+        return True
+    evaluated = max(1, round(every * steps_per_epoch))
+    saved = (settings.every_steps, settings.every_epochs * steps_per_epoch)
+    return not any(period and math.lcm(evaluated, period) < steps for period in saved)
 
 
 def _log_step(job: Job, arm: Arm) -> None:
