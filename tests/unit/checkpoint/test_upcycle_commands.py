@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from swinmoe.checkpoint.load import load_pretrained
 from swinmoe.checkpoint.reader import model_config
 from swinmoe.checkpoint.upcycle import Upcycling
+from swinmoe.cli import app
 from swinmoe.commands import experts, upcycle
 from swinmoe.commands.saving import moments_in_files, save_model
 from swinmoe.errors import CheckpointError, ConfigError
@@ -41,7 +44,7 @@ def read(folder: Path) -> SwinTransformer:
 
 def up(dense: Path, out: str, *overrides: str, how: Upcycling | None = None, **options) -> Path:
     folder = dense.parent / out
-    given = {"average": False, "carry_moments": False, "allow": (), **options}
+    given = {"which": "auto", "carry_moments": False, "allow": (), **options}
     upcycle.run(dense, dense.parent / "config.yaml", folder, list(overrides), how or Upcycling(), **given)
     return folder
 
@@ -58,7 +61,7 @@ def test_a_saved_model_is_upcycled_grown_pruned_and_merged_back(dense, capsys):
     def edit(source: Path, out: str, data: bool = True, **asked) -> Path:
         folder = dense.parent / out
         config = dense.parent / "config.yaml" if data else None
-        experts.run(source, folder, experts.Edit(**asked), data=config, images=48, average=False)
+        experts.run(source, folder, experts.Edit(**asked), data=config, images=48, which="auto")
         return folder
 
     grown = edit(sparse, "grown", grow=8)
@@ -102,7 +105,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(dense):
     assert experts.parse_ids("2,0") == (2, 0)
     sparse = up(dense, "sparse")
     with pytest.raises(ConfigError, match="give --data CONFIG"):
-        experts.run(sparse, dense.parent / "out", experts.Edit(prune=2), data=None, images=1, average=False)
+        experts.run(sparse, dense.parent / "out", experts.Edit(prune=2), data=None, images=1, which="auto")
     assert not (dense.parent / "out").exists()
     assert config.exists()
 
@@ -124,5 +127,22 @@ def test_a_fine_tuned_run_is_edited_and_scored_too(dense, capsys):
     (sparse / "config.yaml").write_text(text)
     (dense.parent / "tuned.yaml").write_text(text)
     for data, out in ((None, "one"), (dense.parent / "tuned.yaml", "two")):
-        experts.run(sparse, dense.parent / out, experts.Edit(keep=(0, 1)), data=data, images=32, average=False)
+        experts.run(sparse, dense.parent / out, experts.Edit(keep=(0, 1)), data=data, images=32, which="auto")
         assert "accuracy on 64 images (test)" in capsys.readouterr().out
+
+
+def test_the_lines_of_the_page_on_experts_run(dense, tmp_path):
+    """docs/howto/upcycle.md, on a model that nobody has trained since: it has no data of its own."""
+    page = (Path(__file__).parents[3] / "docs" / "howto" / "upcycle.md").read_text()
+    lines = re.findall(r"^swinmoe (experts runs/sparse OUT .*?)(?: *#.*)?$", page, flags=re.M)
+    assert {line.split()[3] for line in lines} == {"--grow", "--prune", "--keep", "--merge"} and len(lines) == 5
+    sparse = up(dense, "sparse", "model.moe.num_experts=8")
+    for number, line in enumerate(lines):
+        named = {
+            "runs/sparse": str(sparse),
+            "OUT": str(tmp_path / f"out-{number}"),
+            "CONFIG": str(tmp_path / "config.yaml"),
+        }
+        done = CliRunner().invoke(app, [named.get(word, word) for word in line.split()])
+        assert done.exit_code == 0, (line, done.output, done.exception)
+        assert (tmp_path / f"out-{number}" / "config.json").is_file()
