@@ -6,7 +6,7 @@ Definitions stand beside the properties; each is None where the records do not h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -235,17 +235,13 @@ def read_profiles(paths: Sequence[Path]) -> Profiles:
     records = [(path, read_records(path)) for path in paths]
     several = sum(line["kind"] == "profile" for _, lines in records for line in lines) > 1
     for path, lines in records:
-        by_name: dict[str, Measured] = {}
         own: list[Measured] = []
         for line in lines:
             if line["kind"] == "profile" and line.get("what") in WHATS:
                 profiles.append(Profile(_unused(path.parent.name or "profile", profiles), line))
-                by_name = {}
             elif line["kind"] == "measurement" and line.get("what") in WHATS and profiles and _timed(line):
                 label = f"{line['name']} · {profiles[-1].name}" if several else str(line["name"])
-                # a baseline may be written after what is compared with it: looked up below
-                by_name[line["name"]] = Measured(line, len(profiles) - 1, label)
-                own.append(by_name[line["name"]])
+                own.append(Measured(line, len(profiles) - 1, label))
             elif line["kind"] == "fit" and line.get("points") and profiles:
                 fits.append(line | {"source": len(profiles) - 1})
         found += _with_baselines(own)
@@ -254,7 +250,8 @@ def read_profiles(paths: Sequence[Path]) -> Profiles:
 
 def _with_baselines(own: Sequence[Measured]) -> list[Measured]:
     by_name = {(m.source, m.line["name"]): m for m in own}
-    return [Measured(m.line, m.source, m.label, by_name.get((m.source, m.line.get("baseline")))) for m in own]
+    bases = [by_name.get((m.source, m.line.get("baseline"))) for m in own]
+    return [m if base is None else replace(m, baseline=base) for m, base in zip(own, bases, strict=True)]
 
 
 def _timed(line: Line) -> bool:
