@@ -4,9 +4,10 @@
     python docs/results/plan.py page --out runs/plan --page docs/results/DATE-plan.md
 
 `run` calibrates by `swinmoe plan --calibrate` on 4 processes and by `swinmoe profile model` on some configs, and
-measures others, on 1, 2 and 4 processes of one thread each. `page` scales the calibrated figures by the first and predicts the
-others, which took no part in it: the error allowed is 10 %, or twice the spread between two runs of the same
-measurement. Then tables 2 and 7 of the Tutel paper (`swinmoe.profiling.plan.published`), and the memory of Swin V2-G.
+measures others, on 1, 2 and 4 processes of one thread each. `page` scales the calibrated figures by the first and
+predicts the others, which took no part in it: the error allowed is 10 %, or twice the spread between two runs of the
+same measurement. Then tables 2 and 7 of the Tutel paper (`swinmoe.profiling.plan.published`), and the memory of Swin
+V2-G.
 `--quick` measures three rounds of everything once: a check that says nothing about errors.
 """
 

@@ -134,18 +134,9 @@ def _table7(table: dict[str, Any], hardware: Hardware) -> tuple[list[Row], dict[
         dense, sparse = _run(table, None), {row["ranks"]: _run(table, row["ranks"]) for row in table["rows"]}
         rate = table["images"]
         times = {name: rate / first[f"{name}_{what}"] for name in ("dense", "moe")}
-        ranks = first["ranks"]
-        slow = _solve(
-            lambda f, s=seconds, r=ranks, t=times, d=dense: s(d, hardware.scaled("", f), r) - t["dense"], 0.1, 100
-        )
+        slow = _factor(seconds, dense, hardware, first["ranks"], times["dense"])
         machine = hardware.scaled("A100 as in the Tutel paper", slow)
-        carried = _solve(
-            lambda f, s=seconds, r=ranks, t=times, m=machine, x=sparse: (
-                s(x[r], m.scaled("", f, "route", "rows"), r) - t["moe"]
-            ),
-            1e-3,
-            1e3,
-        )
+        carried = _factor(seconds, sparse[first["ranks"]], machine, first["ranks"], times["moe"], "route", "rows")
         machine = machine.scaled(machine.name, carried, "route", "rows")
         named = {"train": "training", "infer": "inference"}[what]
         factors |= {
@@ -158,6 +149,18 @@ def _table7(table: dict[str, Any], hardware: Hardware) -> tuple[list[Row], dict[
                 label = f"{'dense' if name == 'dense' else 'sparse'} {named}, images/s of a GPU"
                 rows.append(Row("7", row["ranks"], label, row[f"{name}_{what}"], predicted, row is first))
     return rows, factors
+
+
+def _factor(
+    seconds: Callable[[RunConfig, Hardware, int], float],
+    run: RunConfig,
+    hardware: Hardware,
+    ranks: int,
+    wanted: float,
+    *kinds: str,
+) -> float:
+    """How many times slower at `kinds` of work the hardware must be for `run` to take `wanted` seconds."""
+    return _solve(lambda f: seconds(run, hardware.scaled(hardware.name, f, *kinds), ranks) - wanted, 1e-3, 1e3)
 
 
 def _run(table: dict[str, Any], experts: int | None) -> RunConfig:
