@@ -49,6 +49,9 @@ RUN = {
     "checkpoint": {"every_steps": 5, "every_epochs": 0},
     "log": {"every_steps": 5, "peak_flops": 1e11},
 }
+_EVERY_NEED = {"kind": "adaptive", "adapt": {"margin": 0.0, "hysteresis": 0.0, "every": 3}}
+ADAPTIVE = RUN | {"model": MODEL | {"moe": MODEL["moe"] | {"capacity": {"train": _EVERY_NEED}}}}
+"""Its capacity factors are decided between checkpoints."""
 COMPARE = {"base": RUN, "arms": {"dense": {"model": {"moe": None}}, "sparse": {}}, "seeds": [3], "sample_images": 2}
 VOLATILE = {"seconds", "images_per_second", "data_wait", "mfu", "peak_memory_bytes"}
 
@@ -100,11 +103,13 @@ def _tensors(run: Path) -> dict[str, torch.Tensor]:
 
 def _numbers(run: Path) -> list[str]:
     """What the records say of training, without what a clock has to do with."""
-    lines = [line for line in read_records(run / "records.jsonl") if line["kind"] in ("step", "eval", "final")]
+    lines = [
+        line for line in read_records(run / "records.jsonl") if line["kind"] in ("step", "capacity", "eval", "final")
+    ]
     return [json.dumps({k: v for k, v in line.items() if k not in VOLATILE}, sort_keys=True) for line in lines]
 
 
-@pytest.mark.parametrize(("command", "tree", "inside"), [("train", RUN, ""), ("compare", COMPARE, "seed-3")])
+@pytest.mark.parametrize(("command", "tree", "inside"), [("train", ADAPTIVE, ""), ("compare", COMPARE, "seed-3")])
 def test_killed_and_resumed_is_bit_identical(command: str, tree: dict, inside: str, tmp_path: Path) -> None:
     _finish(_start(command, tree, tmp_path, "whole"))
     _kill_in_mid_epoch(
