@@ -100,7 +100,8 @@ def peak_memory(
         owned[kind] += [parameter] if parameter.grad is None else [parameter, parameter.grad]
     owned["dense"] += list(module.buffers())
     if optimizer is not None:
-        owned["optimizer"] += [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+        moments = (t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
+        owned["optimizer"] += [t for t in moments if not t.is_meta]  # with ZeRO, other ranks' are names only
     owned["activations"] += [t for x in inputs for t in (x, x.grad) if t is not None]
     tracker = MemoryTracker(owned)
     with tracker, phases.listen(tracker):
