@@ -205,8 +205,8 @@ def measure_ranks(args: argparse.Namespace) -> None:
         held[name] = on_new_processes(args, bytes_between_steps, name)
     times: dict[str, Timing] = on_new_processes(args, times_of, names)
     print(
-        f"{args.processes} processes, {args.image} px, window {args.window}, C {args.dim}, batch {args.batch} over all; "
-        "MiB of the rank that holds most\n"
+        f"{args.processes} processes, {args.image} px, window {args.window}, C {args.dim}, batch {args.batch} over "
+        "all; MiB of the rank that holds most\n"
     )
     columns = list(held[names[0]])
     print(f"| spread | {' | '.join(columns)} | ms | time |\n{'|---' * (len(columns) + 3)}|")
