@@ -169,8 +169,9 @@ def _moments_of(source: Pretrained) -> Tensors | None:
     file = place / "optimizer.safetensors"
     if not file.is_file():
         return None
-    if (place / MANIFEST).is_file():
-        return open_checkpoint(place).tensors("optimizer")
+    stored = open_checkpoint(place) if (place / MANIFEST).is_file() else None
+    if stored is not None and "optimizer" in stored.groups:  # with hashes, where whoever saved them kept any
+        return stored.tensors("optimizer")
     return Tensors(repr(str(file)), [TensorFile(file)])
 
 

@@ -11,10 +11,10 @@ import torch
 import yaml
 from micro import MICRO
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from swinmoe.checkpoint import checkpoints, latest_checkpoint, load_checkpoint
-from swinmoe.checkpoint.upcycle import Upcycling
-from swinmoe.commands import upcycle
+from swinmoe.cli import app
 from swinmoe.config import RunConfig
 from swinmoe.config.io import build, merge
 from swinmoe.data import build_data
@@ -173,8 +173,8 @@ def test_moments_that_upcycling_carried_over_are_gone_on_with(
     config = tmp_path / "sparse.yaml"
     moe = {"moe": {"num_experts": 4, "top_k": 2, "router": {"normalize_gates": True}}, "moe_blocks": [[], [1]]}
     config.write_text(yaml.safe_dump(merge(PRETRAIN, {"model": moe})))
-    given: dict[str, Any] = {"average": False, "carry_moments": True, "allow": ()}
-    upcycle.run(dense, config, tmp_path / "sparse", [], Upcycling(), **given)
+    done = CliRunner().invoke(app, ["upcycle", *map(str, (dense, config, tmp_path / "sparse")), "--moments", "carry"])
+    assert done.exit_code == 0, (done.output, done.exception)
     carried = load_file(tmp_path / "sparse" / "optimizer.safetensors")
     plan = plan_finetuning(_file(tmp_path), tmp_path / "sparse", ["train.steps=2"])
     folder, _ = finetune(plan, show=False)
@@ -183,7 +183,8 @@ def test_moments_that_upcycling_carried_over_are_gone_on_with(
     assert already[f"{LAYER}.experts.fc1_weight#step"] == 3
     assert steps == {name: 2 + (0 if name.startswith("head.") else already[name]) for name in steps}
     monkeypatch.setattr("swinmoe.train.finetune.fit", lambda *_: None)  # before the first step
-    _, arm = finetune(plan_finetuning(_file(tmp_path, finetune={"freeze": "router"}), plan.source.path, ["name=b"]))
+    again = plan_finetuning(_file(tmp_path, finetune={"freeze": "router"}), tmp_path / "sparse", ["name=b"])
+    _, arm = finetune(again, show=False)
     begun = {name: {k: v.clone() for k, v in arm.optimizer.state[p].items()} for name, p in arm.raw.named_parameters()}
     for name, state in begun.items():
         if name.startswith("head.") or ".router." in name:
