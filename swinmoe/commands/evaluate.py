@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from swinmoe.data import DataBundle, build_data
 from swinmoe.errors import ConfigError
 from swinmoe.records import ConfidenceBin
 from swinmoe.report.evaluation import CapacityPoint, capacity_figure, reliability_figure
-from swinmoe.runtime import describe_environment
+from swinmoe.runtime import describe_environment, stop_processes
 from swinmoe.train.evaluate_model import AtCapacity, Pass, independence, look_at, sweep
 from swinmoe.train.evaluate_scores import BEST, Calibration, ClassScore, by_class, calibration
 from swinmoe.train.opened import Opened, open_model
@@ -26,22 +27,34 @@ Factor = float | Literal["dropless"]
 
 
 def run(checkpoint: Path, rest: list[str], *, which: Which, capacity: str | None, out: Path | None) -> None:
-    """Evaluate `checkpoint`, print what came of it, and write it to the folder `out` if there is one.
+    """Evaluate `checkpoint`, print what came of it, and write it to the folder `out` if there is one. Several processes
+    share the images; the first of them prints and writes.
 
     Raises:
         SwinMoEError: see `open_model`; or `capacity` is no list of factors.
     """
     factors = parse_factors(capacity) if capacity else []
-    opened = open_model(checkpoint, rest, which)
+    opened = open_model(checkpoint, rest, which, shared=True)
     bundle = build_data(opened.run.data, seed=opened.run.seed)
     check_data_fits(opened.run, bundle)
     size = opened.run.train.eval_batch_size
-    with telling("evaluating") as tell:
+    main = opened.mesh.is_main
+    with telling("evaluating") if main else nullcontext(_silent) as tell:
         found = look_at(opened, bundle.eval, size, tell)
     swept: list[AtCapacity] = []
     for factor in factors:  # one bar each
-        with telling(f"capacity {factor}") as tell:
+        with telling(f"capacity {factor}") if main else nullcontext(_silent) as tell:
             swept += sweep(opened, bundle.eval, size, [factor], lambda _: tell)  # called at once
+    if main:
+        _give_out(opened, bundle, found, swept, out)
+    stop_processes()
+
+
+def _silent(done: int, total: int) -> None:
+    """Progress is told by the first process."""
+
+
+def _give_out(opened: Opened, bundle: DataBundle, found: Pass, swept: list[AtCapacity], out: Path | None) -> None:
     result = as_tree(opened, bundle, found, swept)
     text = markdown(result)
     show(result, Console(highlight=False))
@@ -98,7 +111,8 @@ def as_tree(opened: Opened, bundle: DataBundle, found: Pass, swept: list[AtCapac
         "precision": opened.run.train.precision,
         "routing": found.routing,
         "drop_fraction": found.drop_fraction,
-        "batches": asdict(independence(opened.model, found, size)),
+        "processes": opened.mesh.world,
+        "batches": asdict(independence(opened.model, found, -(-size // opened.mesh.world))),
         "capacity": [
             {
                 "factor": point.factor,
@@ -133,7 +147,8 @@ def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("top-5 accuracy", _percent(result["top5"])))
     rows.append(("loss, nats", f"{result['loss']:.4f}"))
     rows.append(("expected calibration error", _percent(result["calibration"]["ece"])))
-    how = f"{result['device']}, batch {result['batch_size']}, {result['precision']}, without loading"
+    several = f"{result['processes']} processes, " if result["processes"] > 1 else ""
+    how = f"{several}{result['device']}, batch {result['batch_size']}, {result['precision']}, without loading"
     rows.append(("images per second", f"{result['images_per_second']:.0f} ({how})"))
     rows.append(("batches", result["batches"]["said"]))
     return rows

@@ -6,16 +6,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from swinmoe.checkpoint import share
 from swinmoe.config import CapacityPolicy
 from swinmoe.data import ImageDataset, eval_batches
 from swinmoe.errors import ConfigError
 from swinmoe.models import SwinOutput, SwinTransformer
 from swinmoe.moe import RoutingStats
+from swinmoe.parallel import global_sum
 from swinmoe.train.evaluate_scores import Predictions
 from swinmoe.train.metrics import RoutingMeter
 from swinmoe.train.opened import Opened
@@ -32,7 +35,8 @@ class Pass:
     routing: dict[str, dict[str, Any]]
     """By expert layer; see `moe.stats.summarise`."""
     images_per_second: float
-    """Forward passes alone, without loading and without the first batch (a lone batch is run twice)."""
+    """Forward passes alone, without loading and without the first batch (a lone batch is run twice); the sum over
+    processes."""
 
     @property
     def routed(self) -> int:
@@ -51,11 +55,15 @@ class Pass:
 
 
 def look_at(opened: Opened, dataset: ImageDataset, batch_size: int, tell: Tell = lambda done, total: None) -> Pass:
-    """Every image of `dataset` once, in evaluation's fixed shuffled order, `batch_size` at a time."""
+    """Every image of `dataset` once, in evaluation's fixed shuffled order, `batch_size` at a time; of several processes
+    each takes its part of every batch, and has what all of them found. Theirs is a collective call."""
+    mesh = opened.mesh
     parts: list[Predictions] = []
     meter = RoutingMeter()
     spent, timed = 0.0, 0
-    for batch in eval_batches(dataset, batch_size=batch_size, rank=0, world=1, workers=opened.run.data.workers):
+    for batch in eval_batches(
+        dataset, batch_size=batch_size, rank=mesh.rank, world=mesh.world, workers=opened.run.data.workers
+    ):
         output, seconds = _timed(opened, batch.images)
         if parts:  # the first batch also pays for what is done once
             spent, timed = spent + seconds, timed + len(batch)
@@ -63,8 +71,10 @@ def look_at(opened: Opened, dataset: ImageDataset, batch_size: int, tell: Tell =
             spent, timed = _timed(opened, batch.images)[1], len(batch)
         parts.append(Predictions.of(output.logits, batch.targets))
         meter.add(output.routing)
-        tell(sum(len(part.targets) for part in parts), len(dataset))
-    return Pass(Predictions.join(parts), meter.take(lambda vector: vector), timed / spent)
+        tell(min(len(parts) * batch_size, len(dataset)), len(dataset))
+    found = share(mesh, None, (Predictions.join(parts), timed / spent))
+    routing = meter.take(partial(global_sum, mesh=mesh))
+    return Pass(Predictions.join([part for part, _ in found]), routing, sum(rate for _, rate in found))
 
 
 @dataclass(frozen=True)

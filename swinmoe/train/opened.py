@@ -1,9 +1,9 @@
-"""A trained model, ready to be asked: for evaluation, features, predictions. On one process."""
+"""A trained model, ready to be asked: for evaluation, features, predictions. Whole on every process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from swinmoe.checkpoint.load_report import LoadReport
-from swinmoe.config import RunConfig
+from swinmoe.config import ParallelConfig, RunConfig
 from swinmoe.config.io import Tree, build, merge, parse_overrides, read_yaml, to_tree
 from swinmoe.errors import ConfigError
 from swinmoe.models import SwinOutput, SwinTransformer, build_model
+from swinmoe.parallel import Mesh, make_mesh
 from swinmoe.runtime import launched_world, make_accelerator
 from swinmoe.train.pretrained import Pretrained, Which, complete_model, load_weights, open_pretrained
 
@@ -32,6 +33,8 @@ class Opened:
     report: LoadReport
     device: torch.device
     autocast: Callable[[], Any]
+    mesh: Mesh = field(default_factory=Mesh)
+    """Processes that share the asking; this one, if not told otherwise."""
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> SwinOutput:
@@ -42,7 +45,9 @@ class Opened:
         return output
 
 
-def open_model(path: Path | str, rest: Sequence[str] = (), which: Which = "auto", *, headless: bool = False) -> Opened:
+def open_model(
+    path: Path | str, rest: Sequence[str] = (), which: Which = "auto", *, headless: bool = False, shared: bool = False
+) -> Opened:
     """The model of a checkpoint with its weights.
 
     Args:
@@ -51,13 +56,17 @@ def open_model(path: Path | str, rest: Sequence[str] = (), which: Which = "auto"
             The file's `model` section is laid on top of the checkpoint's.
         which: weights or moving average.
         headless: leave the classifier out.
+        shared: several processes may share what it is asked; each opens it.
 
     Raises:
-        ConfigError: no configuration to be found, or one that does not fit.
+        ConfigError: no configuration to be found, or one that does not fit; or several processes where one must do.
         CheckpointError: see `open_pretrained` and `load_pretrained`.
     """
-    if launched_world() > 1:
-        raise ConfigError("this command runs on one process; start it without a launcher")
+    if launched_world() > 1 and not shared:
+        raise ConfigError(
+            f"this command runs on one process, and was started on {launched_world()}; start it without a launcher. Of "
+            "those that take a trained model, evaluate and finetune run on several"
+        )
     source = open_pretrained(path, which)
     run = run_at_rest(source, rest)
     if headless:
@@ -68,7 +77,8 @@ def open_model(path: Path | str, rest: Sequence[str] = (), which: Which = "auto"
     dtype = torch.float64 if run.train.precision == "fp64" else torch.float32
     model = build_model(run.model, device=accelerator.device, dtype=dtype).eval().requires_grad_(False)
     report = load_weights(model, source)
-    return Opened(model, run, source, report, accelerator.device, accelerator.autocast)
+    mesh = make_mesh(ParallelConfig())
+    return Opened(model, run, source, report, accelerator.device, accelerator.autocast, mesh)
 
 
 def run_at_rest(source: Pretrained, rest: Sequence[str]) -> RunConfig:
