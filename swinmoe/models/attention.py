@@ -122,8 +122,8 @@ class WindowAttention(nn.Module):
         (rows, cols), (wh, ww) = grid.counts, grid.window
         batch, dim = qkv.shape[0], qkv.shape[-1] // 3
         if self._blocked(qkv):
-            scale = self._scale(1).view(-1) if self.style.similarity == "cosine" else None
-            return blocked_attention(qkv, bias, scale, tables.mask, grid, self.mask_value)
+            of_heads = self._scale(1).view(-1) if self.style.similarity == "cosine" else None
+            return blocked_attention(qkv, bias, of_heads, tables.mask, grid, self.mask_value)
         qkv = qkv.view(batch, rows, wh, cols, ww, 3, heads, dim // heads).permute(5, 0, 1, 3, 6, 2, 4, 7)
         # Without a mask the bias differs by head only; with one, by window and head: either way axis 1 is the bias's.
         lead = (batch * grid.num_windows, heads) if tables.mask is None else (batch, grid.num_windows * heads)

@@ -82,7 +82,10 @@ class SwinBlock(nn.Module):
 
         Apart from `forward`, because a graph of `torch.compile` has no generator of its own.
         """
-        return self.mlp.draw_noise(x.shape[:-1].numel(), x.device) if isinstance(self.mlp, MoEMlp) else None
+        if not isinstance(self.mlp, MoEMlp):
+            return None
+        batch, height, width, _ = x.shape
+        return self.mlp.draw_noise(batch * height * width, x.device)
 
     def _recomputed(
         self,

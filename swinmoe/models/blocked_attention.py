@@ -187,7 +187,8 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
 
 def _inverse_norm(x: Tensor) -> Tensor:
     """1/|x| along the last axis, at most 1e12."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=_NORM_FLOOR).reciprocal_()
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.clamp_(min=_NORM_FLOOR).reciprocal_()
 
 
 def _hidden(bias: Tensor, allowed: Tensor, value: float | None) -> Tensor:

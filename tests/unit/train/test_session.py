@@ -28,7 +28,12 @@ def described(tmp_path: Path, moe: dict[str, Any] | None) -> tuple[dict[str, Any
     if moe:
         run = build(RunConfig, {"model": {"preset": "swin_moe_micro", "in_chans": 1, "moe": moe}})
     arm = SimpleNamespace(
-        name="model", run=run, raw=build_model(run.model), counts=count(run.model), length=SimpleNamespace(steps=3)
+        name="model",
+        run=run,
+        raw=build_model(run.model),
+        counts=count(run.model),
+        length=SimpleNamespace(steps=3),
+        compiled=None,
     )
     screen = io.StringIO()
     path = tmp_path / "records.jsonl"
