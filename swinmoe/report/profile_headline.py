@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from swinmoe.report.profile_data import Line, Measured, Profiles
 from swinmoe.report.profile_plots import bytes_said
-from swinmoe.report.wording import ratio, scaled
+from swinmoe.report.wording import percent, ratio, scaled
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,16 @@ def _steps(measured: Sequence[Measured]) -> Iterator[str]:
         f"time ({_ms(best)} against {_ms(base)}{noise}). The slowest is {worst.label}: {ratio(worst.ratio)}"
     )
     if best.useful is not None:
-        text += f". The fastest's useful work runs at {best.useful:.0%} of a bare matrix product's rate"
+        text += f". The fastest's useful work runs at {percent(best.useful)} of a bare matrix product's rate"
     yield text + "."
     spread = [m for m in compared if m.exposed_share is not None]
     if spread:
         least = min(spread, key=lambda m: m.exposed_share or 0.0)
-        text = f"Where experts are spread, exchanges take from {least.exposed_share:.0%} of the step ({least.label})"
+        text = (
+            f"Where experts are spread, exchanges take from {percent(least.exposed_share)} of the step ({least.label})"
+        )
         most = max(spread, key=lambda m: m.exposed_share or 0.0)
-        yield f"{text} to {most.exposed_share:.0%} ({most.label})." if most is not least else f"{text}."
+        yield f"{text} to {percent(most.exposed_share)} ({most.label})." if most is not least else f"{text}."
 
 
 def _exchanges(found: Profiles) -> Iterator[str]:
@@ -71,7 +73,7 @@ def _exchanges(found: Profiles) -> Iterator[str]:
         text = f"An exchange ({fit['name']}) takes {_time(fit['latency_seconds'])} however small"
         text += f" and sends {scaled(rate, 'B/s')} when large" if rate else "; sizes did not reach a bandwidth"
         text += f", half of that with messages of {bytes_said(half)}" if rate and half else ""
-        yield f"{text}; the fit is within {fit['typical_error']:.0%} of the times, {fit['worst_error']:.0%} at worst."
+        yield f"{text}; the fit is within {percent(fit['typical_error'])} of the times, {percent(fit['worst_error'])} at worst."
         return
     even = [m for m in found.of("exchange") if not m.variant.get("skew")]
     if even:
@@ -101,14 +103,14 @@ def _useful_card(steps: Sequence[Measured]) -> Iterator[Card]:
     known = [m for m in steps if m.useful is not None]
     if known:
         best = max(known, key=lambda m: m.useful or 0.0)
-        yield Card("Useful work, at best", f"{best.useful:.0%}", f"of a bare matrix product's rate: {best.label}")
+        yield Card("Useful work, at best", percent(best.useful), f"of a bare matrix product's rate: {best.label}")
 
 
 def _share_card(label: str, steps: Sequence[Measured], name: str, detail: str) -> Iterator[Card]:
     known = [(float(getattr(m, name)), m) for m in steps if getattr(m, name) is not None]
     if known:
         value, worst = max(known, key=lambda pair: pair[0])
-        yield Card(label, f"{max(0.0, value):.0%}", f"{detail}: {worst.label}" if value > 0.005 else detail)
+        yield Card(label, percent(max(0.0, value)), f"{detail}: {worst.label}" if value > 0.005 else detail)
 
 
 def _bandwidth_card(found: Profiles) -> Iterator[Card]:

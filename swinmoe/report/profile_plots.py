@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from swinmoe.report.profile_data import Line, Measured, grouped
 from swinmoe.report.theme import Theme, new_figure, shorten
+from swinmoe.report.wording import percent
 
 WIDTH = 5.4
 """Inches of a figure."""
@@ -141,7 +142,7 @@ def communication_figure(measured: Sequence[Measured], widest: float, theme: The
     """Exposed and hidden milliseconds; a mark where the exchange alone ends."""
     bars = [
         (
-            m.label if m.exposed_share is None else f"{shorten(m.label, 50)}: {m.exposed_share:.0%} of the step",
+            m.label if m.exposed_share is None else f"{shorten(m.label, 50)}: {percent(m.exposed_share)} of the step",
             {"exposed": m.exposed or 0.0} | ({"hidden": m.hidden} if m.hidden else {}),
         )
         for m in measured

@@ -44,6 +44,13 @@ def ratio(value: float | None) -> str:
     return f"{value:.2f}×" if abs(value) < 10 else f"{value:.1f}×"
 
 
+def percent(value: float | None) -> str:
+    """`12 %` of a share; below one per cent a digit more."""
+    if value is None:
+        return MISSING
+    return f"{number(100 * value, 1 if 0 < abs(value) < 0.0095 else 0)} %"
+
+
 def number(value: float | None, digits: int) -> str:
     """A plain number with a true minus sign."""
     return MISSING if value is None else f"{value:.{digits}f}".replace("-", MINUS)
