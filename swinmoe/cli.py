@@ -109,6 +109,7 @@ Weights = Annotated[
     Literal["auto", "model", "average"],
     typer.Option("--weights", help="The weights or their moving average; auto: the average if there is one."),
 ]
+Average = Annotated[bool, typer.Option("--average", help="The same as --weights average.", hidden=True)]
 Images = Annotated[
     list[str], typer.Argument(help="Pictures, folders of pictures, and key=value overrides.", show_default=False)
 ]
@@ -257,6 +258,7 @@ def convert(
         Path | None, typer.Option("--class-map", help="File of one old class index a line, for a new head.")
     ] = None,
     ranks: Annotated[int, typer.Option("--ranks", help="--to tutel: processes that will read the files.")] = 1,
+    weights: Weights = "auto",
     listed: Annotated[bool, typer.Option("--list", help="List the published files (that contain SRC).")] = False,
 ) -> None:
     """Weights of Microsoft, timm, torchvision, Hugging Face, mmdet or Tutel into a model's folder, and back."""
@@ -265,7 +267,9 @@ def convert(
     if listed:
         command.list_released(words[0] if words else "")
     else:
-        command.run(words or [], to=to, preset=preset, allow=allow or [], class_map=class_map, ranks=ranks)
+        command.run(
+            words or [], to=to, preset=preset, allow=allow or [], class_map=class_map, ranks=ranks, which=weights
+        )
 
 
 @app.command()
@@ -281,7 +285,8 @@ def upcycle(
         bool, typer.Option("--any-function", help="Also where outputs cannot stay what they were.")
     ] = False,
     moments: Annotated[str, typer.Option("--moments", help="Of the optimiser: reset or carry.")] = "reset",
-    average: Annotated[bool, typer.Option("--average", help="Start from the checkpoint's moving average.")] = False,
+    weights: Weights = "auto",
+    average: Average = False,
     allow: Annotated[list[str] | None, typer.Option("--allow", help="Pattern of names that need not fit.")] = None,
 ) -> None:
     """Make a sparse model whose experts start as a dense model's MLPs, with the same outputs."""
@@ -292,8 +297,9 @@ def upcycle(
     if moments not in ("reset", "carry"):
         raise ConfigError(f"--moments {moments}: use reset or carry")
     how = Upcycling(noise=noise, drop=drop, shuffle=shuffle, preserve=not any_function)
+    which = "average" if average else weights
     command.run(
-        dense, config, out, overrides or [], how, average=average, carry_moments=moments == "carry", allow=allow or []
+        dense, config, out, overrides or [], how, which=which, carry_moments=moments == "carry", allow=allow or []
     )
 
 
@@ -313,7 +319,8 @@ def experts(
     any_function: Annotated[
         bool, typer.Option("--any-function", help="--grow: also where outputs cannot stay what they were.")
     ] = False,
-    average: Annotated[bool, typer.Option("--average", help="Of the checkpoint, the moving average.")] = False,
+    weights: Weights = "auto",
+    average: Average = False,
 ) -> None:
     """Grow, keep, prune or merge a model's experts, with the accuracy before and after."""
     from swinmoe.commands import experts as command
@@ -326,7 +333,7 @@ def experts(
         noise=noise,
         preserve=not any_function,
     )
-    command.run(model, out, edit, data=data, images=images, average=average)
+    command.run(model, out, edit, data=data, images=images, which="average" if average else weights)
 
 
 @app.command()

@@ -22,7 +22,7 @@ def model_of(
     allow: Sequence[str] = (),
     class_map: ClassMap | None = None,
 ) -> tuple[SwinTransformer, LoadReport]:
-    """The model that weights belong to, with them in it, on the CPU.
+    """The model that weights belong to, with them in it, on the CPU, in their floating type.
 
     Args:
         source: weights under our names (`read_source`).
@@ -42,5 +42,5 @@ def model_of(
         config = with_overrides(source.config, over)
     else:
         config = infer_config(source, over)
-    model = build_model(config)
+    model = build_model(config, dtype=source.dtype)
     return model, load_pretrained(model, source, allow=allow, class_map=class_map)

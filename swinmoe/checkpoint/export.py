@@ -7,17 +7,19 @@ and Microsoft's Swin-MoE read them.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from swinmoe.checkpoint.huggingface import HUGGINGFACE_V1, HUGGINGFACE_V2, huggingface_config
 from swinmoe.checkpoint.microsoft import MICROSOFT
 from swinmoe.checkpoint.rules import Layout
+from swinmoe.checkpoint.tensor_file import Shape, TensorWriter
 from swinmoe.checkpoint.timm import TIMM
 from swinmoe.checkpoint.torchvision import TORCHVISION_V1, TORCHVISION_V2
 from swinmoe.checkpoint.tutel import SWIN_MOE, split_master, split_ranks
@@ -28,6 +30,9 @@ from swinmoe.models.stage import offset_reference, stage_window
 
 Format = Literal["microsoft", "timm", "torchvision", "huggingface", "tutel", "tutel-master"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+
+File = str | Mapping[str, Any]
+"""Text; or tensors by name, for a pickle also one level deeper."""
 
 _DENSE: dict[str, tuple[Layout, Layout]] = {
     "microsoft": (MICROSOFT, MICROSOFT),
@@ -70,29 +75,77 @@ def write_export(model: SwinTransformer, folder: Path, to: Format, *, num_ranks:
     """Write the files that another library reads into `folder`; returns their paths.
 
     Raises:
-        CheckpointError: see `export_state` and `export_ranks`.
+        CheckpointError: see `export_state`, `export_ranks` and `write_files`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     if to in ("tutel", "tutel-master"):
         ranks, shared = export_ranks(model, num_ranks, master=to == "tutel-master")
-        files: dict[str, Mapping[str, Tensor]] = {f"model.pth.rank{rank}": state for rank, state in enumerate(ranks)}
+        files: dict[str, File] = {f"model.pth.rank{rank}": {"model": state} for rank, state in enumerate(ranks)}
         if shared is not None:
-            files["model.pth.master"] = shared
+            files["model.pth.master"] = {"model": shared}
     else:
         state = export_state(model, to)
-        files = {"model.pth" if to in ("microsoft", "torchvision") else "model.safetensors": state}
-    written = []
-    for name, tensors in files.items():
-        whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        if name.endswith(".safetensors"):
-            save_file(whole, folder / name, metadata={"format": "pt"})
-        else:
-            torch.save(whole if to == "torchvision" else {"model": whole}, folder / name)
-        written.append(folder / name)
+        name = "model.pth" if to in ("microsoft", "torchvision") else "model.safetensors"
+        files = {name: {"model": state} if to == "microsoft" else state}
     if to == "huggingface":
-        written.append(folder / "config.json")
-        written[-1].write_text(json.dumps(huggingface_config(model.config), indent=2) + "\n")
-    return written
+        files["config.json"] = json.dumps(huggingface_config(model.config), indent=2) + "\n"
+    return write_files(folder, files)
+
+
+def write_files(folder: Path, files: Mapping[str, File]) -> list[Path]:
+    """Write files of weights (`.safetensors`, or else pickled) and of text; returns their paths.
+
+    All are written aside first, and renamed when the last is whole: what fails leaves `folder` as it was.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; names the file.
+    """
+    fresh = not folder.exists()
+    aside = {folder / name: folder / f".writing-{name}" for name in files}
+    now = folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for (now, path), content in zip(aside.items(), files.values(), strict=True):
+            path.unlink(missing_ok=True)
+            _write(path, now.suffix, content)
+        for now, path in aside.items():
+            path.replace(now)
+    except BaseException as error:
+        with suppress(OSError):
+            for path in aside.values():
+                path.unlink(missing_ok=True)
+            if fresh:
+                folder.rmdir()
+        # torch has its own name for a disk that takes no more.
+        if isinstance(error, OSError | RuntimeError):
+            raise CheckpointError(
+                f"could not write {str(now)!r}: {error}; free space or choose another folder"
+            ) from error
+        raise
+    return list(aside)
+
+
+def _write(path: Path, suffix: str, content: File) -> None:
+    if isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+        return
+    if suffix != ".safetensors":
+        with path.open("wb") as file:
+            torch.save(_contiguous(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+        return
+    tensors = {name: tensor for name, tensor in _contiguous(content).items() if isinstance(tensor, Tensor)}
+    writer = TensorWriter(path, {name: Shape(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+    try:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        writer.close()
+    finally:
+        writer.abandon()
+
+
+def _contiguous(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tree[key].contiguous() if isinstance(tree[key], Tensor) else _contiguous(tree[key]) for key in tree}
 
 
 def _state(model: SwinTransformer) -> dict[str, Tensor]:

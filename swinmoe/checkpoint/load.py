@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from swinmoe.checkpoint import resize
 from swinmoe.checkpoint.load_report import LoadReport
 from swinmoe.checkpoint.naming import to_files
-from swinmoe.checkpoint.source import Source, SourceLike, read_source
+from swinmoe.checkpoint.source import Source, SourceLike, Which, read_source
 from swinmoe.config import ModelConfig, resolve_style
 from swinmoe.errors import CheckpointError
 from swinmoe.models import SwinTransformer
@@ -30,12 +30,13 @@ def load_pretrained(
     *,
     allow: Sequence[str] = (),
     class_map: ClassMap | None = None,
+    which: Which = "auto",
 ) -> LoadReport:
     """Load weights into a model, a `SwinTransformer` or an expert layer by itself, whatever names they have.
 
     What differs by window, image size, channels or (with `class_map`) classes is resized. Where the position bias is a
     function of log-spaced offsets, the model takes over the window by which the source normalised them. Everything else
-    must fit, or be allowed by name.
+    must fit, or be allowed by name. Weights take the model's floating type, which the report tells where it differs.
 
     Args:
         model: its parameters are overwritten, and left alone if anything is wrong.
@@ -43,6 +44,7 @@ def load_pretrained(
         allow: patterns (`head.*`) of names that may be missing, unused, or of another shape, which are left at their
             initial values; `ranks:` before a pattern lets what ranks share differ between their files.
         class_map: for each class of the model its index among the source's, as numbers or a file of one a line.
+        which: of a run's checkpoint the weights or their moving average; `auto`: the average if there is one.
 
     Returns:
         The report, checked.
@@ -54,7 +56,7 @@ def load_pretrained(
         raise CheckpointError(
             "the model's experts are spread over ranks already; load the weights first and spread the model afterwards"
         )
-    found = source if isinstance(source, Source) else read_source(source, allow)
+    found = source if isinstance(source, Source) else read_source(source, allow, which)
     targets = {name: tensor.detach() for name, tensor in to_files(model.state_dict(keep_vars=True)).items()}
     fitted, resized = _fit(model, found, targets, class_map)
     wrong = {name: how for name, how in resized.items() if name not in fitted}
@@ -100,16 +102,39 @@ def _fit(
     for name, tensor in found.named.items():
         if name not in targets:
             continue
-        shape = tuple(targets[name].shape)
-        if tuple(tensor.shape) == shape and not (class_map is not None and name.startswith("head.")):
-            fitted[name] = tensor
+        target, shape = targets[name], tuple(targets[name].shape)
+        if tensor.is_floating_point() != target.is_floating_point() or tensor.is_complex():
+            notes[name] = f"is {plain(tensor.dtype)} in the source and {plain(target.dtype)} in the model"
             continue
-        done = _resize(model, found, name, tensor, shape, class_map)
-        if done is not None and tuple(done[0].shape) == shape:
-            fitted[name], notes[name] = done
+        if tuple(tensor.shape) == shape and not _other(model, found, name, class_map):
+            fitted[name] = tensor
         else:
-            notes[name] = f"is {tuple(tensor.shape)} in the source and {shape} in the model"
+            done = _resize(model, found, name, tensor, shape, class_map)
+            if done is None or tuple(done[0].shape) != shape:
+                notes[name] = f"is {tuple(tensor.shape)} in the source and {shape} in the model"
+                continue
+            fitted[name], notes[name] = done
+        if tensor.dtype != target.dtype:
+            cast = f"{plain(tensor.dtype)} -> {plain(target.dtype)}"
+            notes[name] = f"{notes[name]}; {cast}" if name in notes else cast
     return fitted, notes
+
+
+def plain(dtype: torch.dtype) -> str:
+    """`float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _other(model: nn.Module, found: Source, name: str, class_map: ClassMap | None) -> bool:
+    """True for a tensor of the right shape that stands for something else: other classes, offsets or places."""
+    if name.startswith("head."):
+        return class_map is not None
+    if found.config is None or not isinstance(model, SwinTransformer):
+        return False
+    if name.endswith(".relative_position_bias_table"):
+        stage = int(name.split(".")[1])
+        return stage_window(found.config, stage) != stage_window(model.config, stage)
+    return name == "absolute_pos_embed" and stage_map(found.config, 0) != stage_map(model.config, 0)
 
 
 def _resize(
@@ -126,7 +151,8 @@ def _resize(
         old = resize.table_window(tensor, known)
         return None if old is None else resize.bias_table(tensor, old, stage_window(model.config, stage))
     if name == "absolute_pos_embed" and tensor.dim() == 3 and tensor.shape[2] == shape[2]:
-        return resize.positions(tensor, stage_map(model.config, 0))
+        known_map = None if found.config is None else stage_map(found.config, 0)
+        return resize.positions(tensor, stage_map(model.config, 0), known_map)
     if name == "patch_embed.proj.weight" and tensor.shape[2:] == shape[2:]:
         return resize.channels(tensor, shape[1])
     return None

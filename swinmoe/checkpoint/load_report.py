@@ -18,7 +18,7 @@ class LoadReport:
     loaded: tuple[str, ...] = ()
     """Taken as they are."""
     resized: Mapping[str, str] = field(default_factory=dict)
-    """Taken and changed: name -> how, such as `bias table 13x13 -> 23x23, bicubic`."""
+    """Taken and changed: name -> how, such as `bias table 13x13 -> 23x23, bicubic` or `float64 -> float32`."""
     reinitialised: Mapping[str, str] = field(default_factory=dict)
     """Of the model, left at their initial values on purpose: name -> why."""
     unused: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class LoadReport:
         """One line a list, for people."""
         parts = [f"{self.source}: {len(self.loaded)} tensors loaded"]
         for what, names in (
-            ("resized", [f"{name} ({how})" for name, how in self.resized.items()]),
+            ("resized or cast", [f"{name} ({how})" for name, how in self.resized.items()]),
             ("initialised anew", [f"{name} ({why})" for name, why in self.reinitialised.items()]),
             ("unused", list(self.unused)),
             ("missing", list(self.missing)),

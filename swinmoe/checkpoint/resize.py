@@ -22,7 +22,7 @@ Pair = tuple[int, int]
 def bias_table(table: Tensor, old: Pair, new: Pair) -> tuple[Tensor, str]:
     """A table (L, h) of relative positions for another window: cut where that is smaller, else bicubic."""
     how = "centre" if new[0] <= old[0] and new[1] <= old[1] else "bicubic"
-    return resize_table(table.float(), old, new), f"bias table of window {_by(old)} -> {_by(new)}, {how}"
+    return resize_table(_wide(table), old, new), f"bias table of window {_by(old)} -> {_by(new)}, {how}"
 
 
 def table_window(table: Tensor, known: Pair | None) -> Pair | None:
@@ -33,14 +33,15 @@ def table_window(table: Tensor, known: Pair | None) -> Pair | None:
     return ((side + 1) // 2,) * 2 if side * side == table.shape[0] and side % 2 else None
 
 
-def positions(embedding: Tensor, new: Pair) -> tuple[Tensor, str] | None:
-    """Absolute positions of a square grid for another grid, bicubic; None where the old grid is not square."""
+def positions(embedding: Tensor, new: Pair, known: Pair | None = None) -> tuple[Tensor, str] | None:
+    """Absolute positions for another grid, bicubic; None where the old one is neither `known` nor square."""
     side = math.isqrt(embedding.shape[1])
-    if side * side != embedding.shape[1]:
+    old = known if known is not None and known[0] * known[1] == embedding.shape[1] else (side, side)
+    if old[0] * old[1] != embedding.shape[1]:
         return None
-    image = embedding.float().view(1, side, side, -1).permute(0, 3, 1, 2)
+    image = _wide(embedding).view(1, *old, -1).permute(0, 3, 1, 2)
     resized = resize_image(image, new).permute(0, 2, 3, 1).flatten(1, 2).contiguous()
-    return resized, f"positions {side}x{side} -> {_by(new)}, bicubic"
+    return resized, f"positions {_by(old)} -> {_by(new)}, bicubic"
 
 
 def channels(kernel: Tensor, count: int) -> tuple[Tensor, str] | None:
@@ -84,6 +85,11 @@ def read_class_map(given: str | Path | Sequence[int], old: int, new: int) -> lis
             f"{max(indices, default=0)}; the model's {new} classes need {new} of them, each below the source's {old}"
         )
     return indices
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _by(pair: Pair) -> str:

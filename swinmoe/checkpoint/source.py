@@ -12,21 +12,24 @@ import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from swinmoe.checkpoint.huggingface import settings_of
 from swinmoe.checkpoint.layouts import recognise
 from swinmoe.checkpoint.manifest import MANIFEST
 from swinmoe.checkpoint.naming import to_files
-from swinmoe.checkpoint.reader import checkpoints, model_config, read_model
+from swinmoe.checkpoint.reader import checkpoints, locate, model_config, open_checkpoint, read_model
 from swinmoe.checkpoint.tutel import join_ranks
 from swinmoe.checkpoint.unpickle import find_tensors, read_pickle
 from swinmoe.config import ModelConfig
 from swinmoe.errors import CheckpointError, DamagedError
 
+Which = Literal["auto", "model", "average"]
 SourceLike = Mapping[str, Tensor] | str | Path | Sequence[str | Path]
 
 _RANK = re.compile(r"(?P<stem>.*)\.rank(?P<rank>\d+)")
@@ -43,6 +46,7 @@ class Member:
 
 File = Path | Member
 AnyFile = TypeVar("AnyFile", Path, Member, File)
+_OF_MODELS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -64,30 +68,51 @@ class Source:
     """Where the source has one of ours."""
     hints: dict[str, Any] = field(default_factory=dict)
     """What another library's configuration beside the weights says, as keys of `ModelConfig`."""
+    weights: Literal["model", "average"] = "model"
+    """Of a run's checkpoint, which were read."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The floating type that holds every weight; None where there is none that a model can have."""
+        found = {tensor.dtype for tensor in self.named.values()} & set(_OF_MODELS)
+        return reduce(torch.promote_types, found) if found else None
 
 
-def read_source(source: SourceLike, allow: Sequence[str] = ()) -> Source:
-    """Read `source`, whatever it is; `allow` names what ranks may differ in (`join_ranks`).
+def read_source(source: SourceLike, allow: Sequence[str] = (), which: Which = "auto") -> Source:
+    """Read `source`, whatever it is.
+
+    Args:
+        source: see above.
+        allow: names of what ranks may differ in (`join_ranks`).
+        which: of a run's checkpoint the weights or their moving average; `auto`: the average if there is one.
 
     Raises:
-        CheckpointError: nothing there, damaged, incomplete, of no known layout, or asking for more than tensors.
+        CheckpointError: nothing there, damaged, incomplete, of no known layout, or asking for more than tensors; or no
+            moving average though one is asked for.
     """
+    found = _read_any(source, allow, which)
+    if which == "average" and found.weights != "average":
+        raise CheckpointError(f"{found.label} holds no moving average; use the weights themselves ('auto' or 'model')")
+    return found
+
+
+def _read_any(source: SourceLike, allow: Sequence[str], which: Which) -> Source:
     if isinstance(source, Mapping):
         return _interpret(find_tensors(source, "the state dict"), "the state dict")
     if isinstance(source, str | Path):
-        return _read_path(Path(source), allow)
+        return _read_path(Path(source), allow, which)
     paths = [Path(path) for path in source]
     if len(paths) == 1:
-        return _read_path(paths[0], allow)
+        return _read_path(paths[0], allow, which)
     if len({path.name for path in paths}) < len(paths):
         raise CheckpointError(f"of {len(paths)} files some have the same name; give the files of one folder")
     return _read_several({path.name: path for path in paths}, f"{len(paths)} files", allow)
 
 
-def _read_path(path: Path, allow: Sequence[str]) -> Source:
+def _read_path(path: Path, allow: Sequence[str], which: Which) -> Source:
     label = str(path)
     if path.is_dir():
-        return _read_folder(path, allow)
+        return _read_folder(path, allow, which)
     if path.suffix == ".zip" and path.exists():
         return _read_archive(path, allow)
     ranked = _RANK.fullmatch(path.name)
@@ -104,11 +129,13 @@ def _read_path(path: Path, allow: Sequence[str]) -> Source:
     return replace(found, config=_config_of(path)) if path.suffix == ".safetensors" else found
 
 
-def _read_folder(folder: Path, allow: Sequence[str]) -> Source:
+def _read_folder(folder: Path, allow: Sequence[str], which: Which) -> Source:
     here = (folder, folder / "checkpoints")
     if (folder / MANIFEST).is_file() or any(folder.glob("*.safetensors")) or any(checkpoints(place) for place in here):
-        found = _interpret(dict(read_model(folder)), str(folder))
-        return replace(found, config=_config_of(folder), hints=_hints_of(folder))
+        weights = which if which != "auto" else "average" if _averaged(folder) else "model"
+        label = f"{folder} (moving average)" if weights == "average" else str(folder)
+        found = _interpret(dict(read_model(folder, weights)), label)
+        return replace(found, config=_config_of(folder), hints=_hints_of(folder), weights=weights)
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if pickles:
         found = _interpret(_merge({path.name: _read_file(path) for path in pickles}), str(folder))
@@ -125,6 +152,12 @@ def _read_folder(folder: Path, allow: Sequence[str]) -> Source:
     raise CheckpointError(
         f"{str(folder)!r} holds no model.safetensors, no files of ranks, and {len(single)} .pth files; name the file"
     )
+
+
+def _averaged(folder: Path) -> bool:
+    """True for a run's checkpoint with a moving average."""
+    place, arm = locate(folder)
+    return (place / MANIFEST).is_file() and f"{arm}average" in open_checkpoint(place).groups
 
 
 def _config_of(path: Path) -> ModelConfig | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from swinmoe.checkpoint.load_report import LoadReport
 from swinmoe.checkpoint.naming import to_files
-from swinmoe.checkpoint.upcycle_plan import UNDECIDED, ExpertPlan, plan_experts
+from swinmoe.checkpoint.upcycle_plan import ExpertPlan, plan_experts, undecided
 from swinmoe.config.checks import at_least, below_one, check_ranges
 from swinmoe.errors import CheckpointError, ConfigError
 from swinmoe.models import SwinTransformer
@@ -115,7 +115,7 @@ def upcycle(
     report = _match(state, sparse, layers, taken, source, allow).check(allow)
     own = sparse.state_dict()
     with torch.no_grad():
-        for name in report.loaded:
+        for name in (*report.loaded, *report.resized):
             if name in state:
                 own[name].copy_(state[name])
     for name, layer in layers.items():
@@ -266,13 +266,13 @@ def _prepare_router(layer: MoEMlp, plan: ExpertPlan) -> None:
     if not plan.undecided:
         return
     if isinstance(router, LinearRouter):
-        router.weight.mul_(UNDECIDED)
+        router.weight.mul_(undecided(router.weight.dtype))
     elif isinstance(router, CosineRouter):
         # One dimension that no token has yet, and in which all experts lie: their cosines with tokens are next to 0.
         length = router.sim_matrix.norm(dim=0).mean()
         router.projector.weight[-1] = 0
         router.projector.bias[-1] = 0
-        router.sim_matrix.mul_(UNDECIDED)
+        router.sim_matrix.mul_(undecided(router.sim_matrix.dtype))
         router.sim_matrix[-1] = length
 
 
@@ -304,19 +304,28 @@ def _match(
     allow: Sequence[str],
 ) -> LoadReport:
     """What `upcycle` will do with every tensor outside MLPs that become experts, and with those."""
-    loaded, missing, kept, unused = [], [], {}, []
+    loaded, missing, unused = [], [], []
+    kept: dict[str, str] = {}
+    cast: dict[str, str] = {}
     own = sparse.state_dict()
-    prefixes = tuple(f"{name}." for name in layers)
-    for name in to_files(own):
-        if name.startswith(prefixes):
-            if ".router." in name:
-                kept[name] = "a dense model has no router"
-            else:
-                loaded.append(name)
-        elif name not in state:
+    for name, tensor in to_files(own).items():
+        layer = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
+        if layer is not None and ".router." in name:
+            kept[name] = "a dense model has no router"
+            continue
+        origin = name if layer is None else f"{layer}.fc1.weight"
+        if origin not in state:
             missing.append(name)
-        elif state[name].shape == own[name].shape:
-            loaded.append(name)
+        elif state[origin].is_floating_point() != tensor.is_floating_point() or state[origin].is_complex():
+            raise CheckpointError(
+                f"{source}: {origin!r} is {state[origin].dtype} and the model needs {tensor.dtype}; give the weights "
+                "that were trained"
+            )
+        elif layer is not None or state[name].shape == tensor.shape:
+            if state[origin].dtype == tensor.dtype:
+                loaded.append(name)
+            else:
+                cast[name] = f"{state[origin].dtype} -> {tensor.dtype}".replace("torch.", "")
         elif any(fnmatchcase(name, pattern) for pattern in allow):
             kept[name] = f"{tuple(state[name].shape)} in the source, {tuple(own[name].shape)} here"
         else:
@@ -325,4 +334,4 @@ def _match(
                 "a config of the same sizes, or allow it by name to keep its initial values"
             )
     unused = [name for name in state if name not in own and name not in taken]
-    return LoadReport(source, tuple(loaded), {}, kept, tuple(unused), tuple(missing))
+    return LoadReport(source, tuple(loaded), cast, kept, tuple(unused), tuple(missing))

@@ -9,8 +9,9 @@ The layer computes y = Σ_k gate_k·expert_k(x) + shared(x). Its experts are cut
   ("virtual groups", He et al. 2024), and y = (Σ gates / G)·Σ_j part_j(x), if Σ gates is the same for every token.
 - Σ gates = s is a constant where gates are normalised (s = 1; Komatsuzaki et al. 2023) and where softmax gates of all
   experts are summed (K = E). Otherwise it is p_top(x) < 1, which no constant can undo. Then the router starts
-  *undecided*: its logits differ by 1e-12, enough to tell experts apart and spread tokens over them, and nothing in the
-  gates, which are 1/E (softmax; s = K/E) or 1/2 (sigmoid; s = K/2). It learns as from any other initial value.
+  *undecided*: its logits differ by 4e-6 (float64: 1e-12), enough to tell experts apart and spread tokens over them,
+  and nothing in the gates, which are 1/E (softmax; s = K/E) or 1/2 (sigmoid; s = K/2). It learns as from any other
+  initial value.
 - fc2 is multiplied by G/s, and b2, which each of the K visited experts adds, by 1/s.
 - A shared expert of ws units takes part in m too: the first ws units are its alone if the experts' parts cover the
   other F - ws, and half its own if they cover all F.
@@ -22,11 +23,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from swinmoe.config.moe import MoEConfig
 from swinmoe.errors import ConfigError
 
-UNDECIDED = 1e-12
-"""Factor of a router's initial weights. Far above the smallest float32, far below what any gate's rounding shows."""
+
+def undecided(dtype: torch.dtype) -> float:
+    """Factor of a router's initial weights: below what a gate's rounding shows, and far above the smallest number.
+
+    A float32 router must be something in float16 too, whose numbers end at 6e-8: all zeros would send every token to
+    the same experts.
+    """
+    return 1e-12 if dtype == torch.float64 else 4e-6
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from safetensors.torch import save_file
 
 from swinmoe.checkpoint.convert import model_of
-from swinmoe.checkpoint.export import FORMATS, Format, write_export
+from swinmoe.checkpoint.export import FORMATS, Format, write_export, write_files
 from swinmoe.checkpoint.load_report import LoadReport
 from swinmoe.checkpoint.pretrained import save_pretrained
 from swinmoe.checkpoint.released import released
-from swinmoe.checkpoint.source import Source, read_source
-from swinmoe.commands.saving import check_free
+from swinmoe.checkpoint.source import Source, Which, read_source
+from swinmoe.commands.saving import check_free, said_of
 from swinmoe.config.io import parse_overrides
 from swinmoe.errors import ConfigError, did_you_mean
 
@@ -28,6 +27,7 @@ def run(
     allow: Sequence[str] = (),
     class_map: Path | None = None,
     ranks: int = 1,
+    which: Which = "auto",
 ) -> None:
     """Convert, and print what became of every tensor.
 
@@ -38,6 +38,7 @@ def run(
         allow: patterns of names that need not fit.
         class_map: a file with, for each class of the model, its index among the source's.
         ranks: for Tutel's files, how many processes will read them.
+        which: of a run's checkpoint the weights or their moving average; `auto`: the average if there is one.
 
     Raises:
         ConfigError: a format, preset or setting that does not exist, or no source or no destination.
@@ -54,7 +55,7 @@ def run(
         )
     *given, target = paths
     check_free(target)
-    source = read_source(given, allow)
+    source = read_source(given, allow, which)
     console = Console(soft_wrap=True)
     if to == "swinmoe" and "patch_embed.proj.weight" not in source.named:
         _save_layer(source, target, allow)
@@ -67,7 +68,9 @@ def run(
         save_pretrained(model, target)
     else:
         write_export(model, target, _format(to), num_ranks=ranks)
-    console.print(f"layout {source.layout} -> {to}, written to {target}", highlight=False)
+    console.print(f"layout {source.layout} -> {to}, written to {target}", highlight=False, markup=False)
+    if source.config is not None:
+        console.print(said_of(source), highlight=False, markup=False)
     kept = replace(report, unused=tuple(name for name in report.unused if name not in source.derived))
     console.print(kept.summary(), highlight=False, markup=False)
     if source.derived:
@@ -96,6 +99,4 @@ def _format(to: str) -> Format:
 def _save_layer(source: Source, target: Path, allow: Sequence[str]) -> None:
     """Expert layers without a model around them, by their names in files; there is no configuration to save."""
     LoadReport(source=source.label, loaded=tuple(source.named), unused=source.unused).check(allow)
-    target.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in source.named.items()}
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    write_files(target, {"model.safetensors": source.named})

@@ -14,9 +14,10 @@ from rich.table import Table
 from swinmoe.checkpoint.experts_edit import grow_experts, keep_experts, prune_experts
 from swinmoe.checkpoint.experts_merge import merge_experts
 from swinmoe.checkpoint.load import load_pretrained
-from swinmoe.checkpoint.reader import locate, model_config, read_model
+from swinmoe.checkpoint.reader import locate, model_config
+from swinmoe.checkpoint.source import Which, read_source
 from swinmoe.checkpoint.usage import ExpertUsage, measure_usage
-from swinmoe.commands.saving import check_free, save_model
+from swinmoe.commands.saving import check_free, said_of, save_model
 from swinmoe.config import ParallelConfig, RunConfig
 from swinmoe.config.io import build, load, read_yaml
 from swinmoe.data import DataBundle, ImageDataset, build_data, eval_batches
@@ -75,16 +76,16 @@ def parse_ids(text: str) -> tuple[int, ...]:
         raise ConfigError(f"--keep {text}: give numbers of experts with commas between, e.g. 0,3,5") from error
 
 
-def run(source: Path, out: Path, edit: Edit, *, data: Path | None, images: int, average: bool) -> None:
+def run(source: Path, out: Path, edit: Edit, *, data: Path | None, images: int, which: Which) -> None:
     """Edit the model in `source`, evaluate it before and after where there is data, and save it.
 
     Raises:
         SwinMoEError: see `keep_experts`, `grow_experts`, `merge_experts` and `build_data`; nothing is written then.
     """
     check_free(out)
-    which = "average" if average else "model"
-    model = build_model(model_config(source))
-    load_pretrained(model, dict(read_model(source, "average")) if average else source)
+    weights = read_source(source, which=which)
+    model = build_model(weights.config or model_config(source), dtype=weights.dtype)
+    load_pretrained(model, weights)
     run_config = _run_of(source, data)
     bundle = None if run_config is None else build_data(run_config.data, seed=run_config.seed)
     usage = None if bundle is None or run_config is None else _usage(model, bundle, run_config, images)
@@ -102,7 +103,7 @@ def run(source: Path, out: Path, edit: Edit, *, data: Path | None, images: int, 
         console.print(
             f"accuracy on {len(bundle.eval)} images ({bundle.eval_split}), load on at most {images} of training"
         )
-    console.print(f"{which} of {source} -> {out}", markup=False, soft_wrap=True)
+    console.print(f"{said_of(weights)} -> {out}", markup=False, soft_wrap=True)
 
 
 def _run_of(source: Path, data: Path | None) -> RunConfig | None:
@@ -123,7 +124,7 @@ def _usage(model: SwinTransformer, bundle: DataBundle, run: RunConfig, images: i
     seen = 0
     with measure_usage(model) as usage:
         for batch in _batches(bundle.train, run):
-            model(batch.images[: images - seen])
+            model(batch.images[: images - seen].to(model.norm.weight.dtype))
             seen += len(batch.images)
             if seen >= images:
                 break

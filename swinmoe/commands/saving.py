@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
+from swinmoe.checkpoint.export import write_files
 from swinmoe.checkpoint.naming import to_files
-from swinmoe.config.io import to_tree
+from swinmoe.checkpoint.pretrained import save_pretrained
+from swinmoe.checkpoint.source import Source
 from swinmoe.errors import CheckpointError
 from swinmoe.models import SwinTransformer
-from swinmoe.version import __version__
 
 
 def check_free(folder: Path) -> None:
@@ -23,17 +22,19 @@ def check_free(folder: Path) -> None:
 
 
 def save_model(model: SwinTransformer, folder: Path, moments: Mapping[str, Tensor] | None = None) -> None:
-    """Write `config.json`, `model.safetensors` and, if given, `optimizer.safetensors` (named as in checkpoints).
+    """`save_pretrained`, and before it, if given, `optimizer.safetensors` (named as in checkpoints).
 
-    The config comes last, so that a folder that has one is complete.
+    Raises:
+        CheckpointError: the disk is full or not writable; nothing of the model is there then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in to_files(model.state_dict()).items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     if moments is not None:
-        save_file(moments_in_files(moments), folder / "optimizer.safetensors", metadata={"format": "pt"})
-    tree = {"model_type": "swinmoe", "swinmoe_version": __version__, "model": to_tree(model.config)}
-    (folder / "config.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+        write_files(folder, {"optimizer.safetensors": moments_in_files(moments)})
+    save_pretrained(model, folder)
+
+
+def said_of(source: Source) -> str:
+    """Which weights were taken, for people."""
+    return f"{source.label}: the weights themselves" if source.weights == "model" else source.label
 
 
 def moments_in_files(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,14 +10,16 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from swinmoe.checkpoint.infer import habits
 from swinmoe.checkpoint.load import load_pretrained
 from swinmoe.checkpoint.manifest import MANIFEST
-from swinmoe.checkpoint.reader import locate, open_checkpoint, read_model
+from swinmoe.checkpoint.reader import locate, open_checkpoint
+from swinmoe.checkpoint.source import Which, read_source
 from swinmoe.checkpoint.upcycle import Upcycling, upcycle
 from swinmoe.checkpoint.upcycle_moments import upcycle_moments
-from swinmoe.commands.saving import check_free, save_model
+from swinmoe.commands.saving import check_free, said_of, save_model
 from swinmoe.config import RunConfig
-from swinmoe.config.io import load
+from swinmoe.config.io import load, merge, parse_overrides, read_yaml
 from swinmoe.errors import CheckpointError, ConfigError
 from swinmoe.models import SwinTransformer, build_model
 from swinmoe.randomness import generator
@@ -32,7 +34,7 @@ def run(
     overrides: list[str],
     how: Upcycling,
     *,
-    average: bool,
+    which: Which,
     carry_moments: bool,
     allow: Sequence[str],
 ) -> None:
@@ -47,11 +49,14 @@ def run(
     cfg, seed = resolved.model, resolved.seed
     if cfg.moe is None:
         raise ConfigError(f"{str(config)!r} describes a dense model; set model.moe and model.moe_blocks")
-    dense = build_model(replace(cfg, moe=None), seed=seed)
-    weights = dict(read_model(source, "average")) if average else source
+    # Moments are of the weights themselves, not of their average.
+    weights = read_source(source, allow, "model" if which == "auto" and carry_moments else which)
+    given = merge(read_yaml(config).get("model") or {}, parse_overrides(overrides).get("model") or {})
+    cfg = replace(cfg, **{key: value for key, value in habits(weights).items() if key not in given})
+    dense = build_model(replace(cfg, moe=None), seed=seed, dtype=weights.dtype)
     found = load_pretrained(dense, weights, allow=allow)
     # The window that offsets are normalised by is the source's: `load_pretrained` finds it, and both models keep it.
-    sparse = build_model(replace(dense.config, moe=cfg.moe), seed=seed)
+    sparse = build_model(replace(dense.config, moe=cfg.moe), seed=seed, dtype=weights.dtype)
     report = upcycle(dense, sparse, how, source=str(source))
     moments = None
     if carry_moments:
@@ -62,6 +67,7 @@ def run(
         moments = upcycle_moments(_moments_of(source), sparse, how)
     save_model(sparse, out, moments)
     console = Console(highlight=False)
+    console.print(said_of(weights), markup=False, soft_wrap=True)
     console.print(found.summary(), markup=False, soft_wrap=True)
     console.print(report.summary(), markup=False, soft_wrap=True)
     console.print(_compare(dense, sparse), markup=False, soft_wrap=True)
@@ -81,6 +87,7 @@ def _compare(dense: SwinTransformer, sparse: SwinTransformer) -> str:
     """How far the child's outputs are from its parent's, on noise images, and how many choices it drops."""
     cfg = dense.config
     images = torch.randn(_IMAGES, cfg.in_chans, *cfg.img_size, generator=generator("upcycled against parent"))
+    images = images.to(dense.norm.weight.dtype)
     before, after = dense.eval()(images).logits, sparse.eval()(images)
     far = float((before - after.logits).abs().max() / before.abs().max().clamp(min=torch.finfo(before.dtype).tiny))
     routed = sum(int(stats.routed.sum()) for stats in after.routing.values())
