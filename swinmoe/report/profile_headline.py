@@ -59,11 +59,10 @@ def _steps(measured: Sequence[Measured]) -> Iterator[str]:
     spread = [m for m in compared if m.exposed_share is not None]
     if spread:
         least = min(spread, key=lambda m: m.exposed_share or 0.0)
-        text = (
-            f"Where experts are spread, exchanges take from {percent(least.exposed_share)} of the step ({least.label})"
-        )
         most = max(spread, key=lambda m: m.exposed_share or 0.0)
-        yield f"{text} to {percent(most.exposed_share)} ({most.label})." if most is not least else f"{text}."
+        text = f"Where experts are spread, the step waits for exchanges {percent(least.exposed_share)} of its time"
+        rest = f" ({least.label}) to {percent(most.exposed_share)} ({most.label})" if most is not least else ""
+        yield f"{text}{rest}."
 
 
 def _exchanges(found: Profiles) -> Iterator[str]:
@@ -73,7 +72,8 @@ def _exchanges(found: Profiles) -> Iterator[str]:
         text = f"An exchange ({fit['name']}) takes {_time(fit['latency_seconds'])} however small"
         text += f" and sends {scaled(rate, 'B/s')} when large" if rate else "; sizes did not reach a bandwidth"
         text += f", half of that with messages of {bytes_said(half)}" if rate and half else ""
-        yield f"{text}; the fit is within {percent(fit['typical_error'])} of the times, {percent(fit['worst_error'])} at worst."
+        typical, worst = percent(fit["typical_error"]), percent(fit["worst_error"])
+        yield f"{text}; the fit is within {typical} of the times, {worst} at worst."
         return
     even = [m for m in found.of("exchange") if not m.variant.get("skew")]
     if even:

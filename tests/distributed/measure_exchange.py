@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -29,6 +28,7 @@ from swinmoe.config import BalanceLossConfig, MoEConfig, ParallelConfig
 from swinmoe.moe import MoEMlp
 from swinmoe.parallel import apply_expert_parallel, make_mesh, use_exchange
 from swinmoe.profiling import take_turns
+from swinmoe.profiling.link import Sample, fit_link
 from swinmoe.runtime import start_processes, stop_processes
 
 DIM, HOSTS, PER_HOST = 256, 2, 2
@@ -47,12 +47,15 @@ def fit(kib: Sequence[float], ms: Sequence[float], burst_kib: float = BURST_KIB)
 
     Of messages at least `WELL_ABOVE` times the burst: smaller ones pass, wholly or by half, at the machine's own speed.
     """
-    large = np.array(kib) >= WELL_ABOVE * burst_kib
-    limited, weight = np.array(kib)[large] - burst_kib, 1 / np.array(ms)[large]
-    design = np.stack([np.ones(len(limited)), limited], axis=1) * weight[:, None]
-    (latency, slope), *_ = np.linalg.lstsq(design, np.ones(len(limited)), rcond=None)
-    mbit_per_s = 8 * 1.024 / float(slope)
-    return {"latency_ms": round(float(latency), 3), "mbit_per_s": round(mbit_per_s, 1), "sizes": int(large.sum())}
+    limited = [(size - burst_kib, time) for size, time in zip(kib, ms, strict=True) if size >= WELL_ABOVE * burst_kib]
+    link = fit_link([Sample(1, 1024 * size, time / 1000) for size, time in limited])
+    mbit_per_s = 8 * link.bandwidth / 1e6
+    return {
+        "latency_ms": round(1000 * link.latency, 3),
+        "mbit_per_s": round(mbit_per_s, 1),
+        "sizes": len(limited),
+        "worst_error": round(link.worst_error, 3),
+    }
 
 
 def crossover(kib: Sequence[float], flat: Sequence[float], staged: Sequence[float]) -> str:
