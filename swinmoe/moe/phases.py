@@ -3,7 +3,8 @@
     route      scores, choice, queues, balance losses, and what ranks tell each other about counts
     scatter    tokens -> rows
     exchange_out, exchange_back
-               rows to the ranks of their experts and back: copies, launches and all time spent waiting; gathered weights
+               rows to the ranks of their experts and back: copies, launches and all time spent waiting; gathered
+               weights
     experts    the experts' arithmetic
     gather     rows -> tokens
     other      everything else

@@ -60,8 +60,8 @@ worst_error (relative, of times), points: list of {name, message_bytes, ranks, s
 `swinmoe tune` writes besides
 
 - `drop_curve`: mode, layer, factors, drops: the share of choices that each factor drops of a dropless pass's loads
-- `recommendation`, capacity: mode, asked, factors, batch_prioritized, separate (checked on other images than chosen on),
-  chosen, checked, dropless (as a measurement's), ms {recommended, dropless, now}, failures (what was not kept)
+- `recommendation`, capacity: mode, asked, factors, batch_prioritized, separate (checked on other images than chosen
+  on), chosen, checked, dropless (as a measurement's), ms {recommended, dropless, now}, failures (what was not kept)
 """
 
 from __future__ import annotations

@@ -72,5 +72,6 @@ def test_configs_that_documents_name_exist() -> None:
         for name in re.findall(r"configs/[\w/]+\.yaml", page.read_text()):
             assert (ROOT / name).is_file(), f"{page.name} names {name}"
     for config in (ROOT / "configs").rglob("*.yaml"):
-        named = re.findall(r"(?:train|finetune|compare|layer|model|exchange) (configs/[\w/]+\.yaml)", config.read_text())
+        command = r"(?:train|finetune|compare|layer|model|exchange) (configs/[\w/]+\.yaml)"
+        named = re.findall(command, config.read_text())
         assert str(config.relative_to(ROOT)) in named, f"the header of {config.name} does not say its own command"
