@@ -46,7 +46,7 @@ class OracleMoEMlp(MoEMlp):
         tokens = x.reshape(-1, self.dim)
         groups = self._groups(len(tokens))
         if noise is None:
-            noise = self._draw(groups, tokens.device)
+            noise = self.draw_noise(len(tokens), tokens.device)
         wide = torch.promote_types(tokens.dtype, torch.float32) if self.cfg.router.fp32 else tokens.dtype
         logits = self.router.score(tokens.to(wide))
         noisy = logits if noise is None else logits + noise.to(logits.dtype)
@@ -65,13 +65,14 @@ class OracleMoEMlp(MoEMlp):
         assert ends[-1] == num_tokens, f"{num_tokens} tokens do not fall into groups of {self.shares}"
         return [range(start, stop) for start, stop in pairwise(ends)]
 
-    def _draw(self, groups: Sequence[range], device: torch.device) -> Tensor | None:
+    def draw_noise(self, num_tokens: int, device: torch.device | str) -> Tensor | None:
+        """(num_tokens, E), each group's by its own key."""
         if not self.training or self.cfg.router.noise == 0:
             return None
         drawn = []
-        for group, key in zip(groups, self.noise_keys, strict=True):
+        for group, key in zip(self._groups(num_tokens), self.noise_keys, strict=True):
             self.seed_noise(key)
-            noise = self.draw_noise(len(group), device)
+            noise = super().draw_noise(len(group), device)
             assert noise is not None
             drawn.append(noise)
         return torch.cat(drawn)
