@@ -96,7 +96,10 @@ def _weights(layer: MoEMlp, plan: ExpertPlan, how: How, usage: ExpertUsage | Non
         gate_sum, uncertain = nominal_gate_sum(layer.cfg)
         if how == "usage" or uncertain:
             why = "how='usage'" if how == "usage" else "gates that are not normalised (their sum differs by token)"
-            raise ConfigError(f"merging {name!r} with {why} needs `usage`, measured on data (--data)")
+            raise ConfigError(
+                f"merging {name!r} with {why} needs the experts' usage, measured on data (--data CONFIG, any with such "
+                "images)"
+            )
         return even, torch.full((plan.parts,), gate_sum / plan.parts, dtype=torch.float64)
     gates = usage.gates.view(groups, plan.parts)
     totals = gates.sum(0)

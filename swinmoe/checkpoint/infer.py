@@ -70,6 +70,12 @@ def infer_config(source: Source, overrides: Mapping[str, Any] | None = None) -> 
         )
     dim, channels, height, width = named["patch_embed.proj.weight"].shape
     blocks = _blocks(named)
+    if not blocks:
+        keys = ", ".join([*named, *source.unused][:3])
+        raise CheckpointError(
+            f"{source.label} holds no Swin Transformer (nothing like layers.0.blocks.0, but {keys}, ...); experts for "
+            "other timm and torchvision models come by swinmoe.sparsify"
+        )
     first = "layers.0.blocks.0"
     cosine = f"{first}.attn.logit_scale" in named
     style = "v2" if cosine else "swin_moe" if f"{first}.attn.cpb_mlp.0.weight" in named else "v1"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -66,7 +66,8 @@ def load_pretrained(
             f"{found.label} does not fit: "
             + "; ".join(f"{name} {how}" for name, how in list(refused.items())[:6])
             + (f" and {len(refused) - 6} more" if len(refused) > 6 else "")
-            + "; use a model of the source's sizes, or allow these by name to leave them at their initial values"
+            + "; use a model of the source's sizes, or allow these by name to leave them at their initial values "
+            f"({_how_to_allow(refused)})"
         )
     references = _take_references(model, found, allow)
     report = LoadReport(
@@ -212,6 +213,13 @@ def _take_references(model: nn.Module, found: Source, allow: Sequence[str]) -> d
 def plain_windows(windows: tuple[Pair, ...] | None) -> tuple[int | Pair, ...] | None:
     """Windows as `pretrained_window_sizes` has them, square ones by their side."""
     return None if windows is None else tuple(w[0] if w[0] == w[1] else w for w in windows)
+
+
+def _how_to_allow(refused: Collection[str]) -> str:
+    """In words of the commands; heads of other classes are the usual case."""
+    if all(name.startswith("head.") for name in refused):
+        return "--allow 'head.*'; or map old classes to new ones: --class-map FILE"
+    return f"--allow '{next(iter(refused))}' ..., or in a config finetune.allow"
 
 
 def _allowed(name: str, allow: Sequence[str]) -> bool:

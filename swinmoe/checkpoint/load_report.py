@@ -41,7 +41,7 @@ class LoadReport:
         if problems:
             raise CheckpointError(
                 "; ".join(problems) + "; convert or choose the source that fits this model, or allow these by name "
-                f"(now allowed: {list(allow) or 'none'})"
+                f"(--allow PATTERN, or in a config finetune.allow; now allowed: {list(allow) or 'none'})"
             )
         return self
 

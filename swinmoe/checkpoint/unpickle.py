@@ -56,10 +56,12 @@ def read_pickle(file: Path | IO[bytes], label: str) -> dict[str, Tensor]:
         asked = _asked(file)
         if asked:
             named = ", ".join(repr(name) for name in asked[:4])
+            whole = any(name.startswith(("torch.nn.modules.", "timm.", "torchvision.")) for name in asked)
+            inside = ".state_dict()" if whole else "['model']"  # a saved module, or a checkpoint with more in it
             raise CheckpointError(
                 f"{label} asks for {named} to be loaded, which weights do not need, and is refused unread, since a "
                 "pickle can run any code. If you trust where it comes from, strip it in a Python of your own: "
-                "torch.save({'model': torch.load(FILE, weights_only=False)['model']}, NEW_FILE)"
+                f"torch.save({{'model': torch.load(FILE, weights_only=False){inside}}}, NEW_FILE)"
             ) from error
         # What torch says here ends in advice to load the file with its guard off, which is not passed on.
         raise CheckpointError(

@@ -22,6 +22,12 @@ COMPARISON_KEYS = frozenset({"arms", "match", "base"})
 RUN_KEYS = frozenset(f.name for f in fields(RunConfig)) - {f.name for f in fields(CompareConfig)}
 
 
+def _few(names: Sequence[str]) -> str:
+    """At most eight, and how many more."""
+    more = len(names) - 8
+    return ", ".join(names[:8]) + (f" and {more} more" if more > 0 else "")
+
+
 def read_yaml(path: Path | str) -> Tree:
     """The mapping in a YAML file; `ConfigError` if it is missing, unreadable, malformed or not a mapping.
 
@@ -36,7 +42,7 @@ def read_yaml(path: Path | str) -> Tree:
     if not path.exists():
         folder = path.parent if path.parent.is_dir() else None
         near = sorted(p.name for p in folder.glob("*.yaml")) if folder else []
-        hint = did_you_mean(path.name, near) or (f"; that folder has {near[:8]}" if near else "")
+        hint = did_you_mean(path.name, near) or (f"; that folder has {_few(near)}" if near else "")
         raise ConfigError(f"config file {str(path)!r} does not exist{hint}")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))

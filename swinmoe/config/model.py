@@ -39,7 +39,7 @@ def resolve_style(style: str | StyleConfig) -> StyleConfig:
     if isinstance(style, StyleConfig):
         return style
     if style not in STYLES:
-        raise ConfigError(f"unknown style {style!r}; use one of {sorted(STYLES)}{did_you_mean(style, STYLES)}")
+        raise ConfigError(f"unknown style {style!r}; use one of {sorted(STYLES)}")
     return STYLES[style]
 
 

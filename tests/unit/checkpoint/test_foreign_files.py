@@ -7,12 +7,14 @@ import random
 import shutil
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from swinmoe.checkpoint.convert import model_of
 from swinmoe.checkpoint.export import write_export
 from swinmoe.checkpoint.load import load_pretrained
 from swinmoe.checkpoint.pretrained import save_pretrained
@@ -201,3 +203,23 @@ def test_shared_files_are_closed_after_reading(tmp_path: Path) -> None:
         opened.seek(5)
         assert torch.equal(read_pickle(opened, "x")["a.weight"], torch.ones(2))
         assert not opened.closed
+
+
+def test_a_whole_module_is_refused_with_what_makes_weights_of_it(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pth")
+    with pytest.raises(CheckpointError, match=r"asks for 'torch\.nn\.modules.*weights_only=False\)\.state_dict\(\)"):
+        read_source(tmp_path / "whole.pth")
+
+
+def test_another_architecture_is_said_to_be_one(tmp_path: Path) -> None:
+    vit = {"patch_embed.proj.weight": torch.zeros(8, 3, 4, 4), "blocks.0.attn.qkv.weight": torch.zeros(24, 8)}
+    torch.save(vit, tmp_path / "vit.pth")
+    with pytest.raises(CheckpointError, match=r"vit\.pth.*no Swin Transformer.*blocks\.0\.attn.*sparsify"):
+        model_of(read_source(tmp_path / "vit.pth"))
+
+
+def test_a_head_of_other_classes_is_refused_with_both_ways_out(tmp_path: Path) -> None:
+    torch.save(dict(state()), tmp_path / "x.pth")
+    other = build_model(replace(dense().config, num_classes=7))
+    with pytest.raises(CheckpointError, match=r"--allow 'head\.\*'.*--class-map FILE"):
+        load_pretrained(other, tmp_path / "x.pth")
