@@ -59,7 +59,7 @@ def profile_session(
         DistributedError: ranks were started differently.
     """
     cpu = wants_cpu()
-    start_processes(cpu=cpu)
+    joined = start_processes(cpu=cpu)
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -75,4 +75,5 @@ def profile_session(
     finally:
         torch.set_num_threads(before)
     # Only after success: a rank that failed must not wait for its peers here.
-    stop_processes()
+    if joined:
+        stop_processes()

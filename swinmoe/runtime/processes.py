@@ -53,7 +53,7 @@ def launched_restarts_allowed() -> int:
 
 def start_processes(
     *, cpu: bool = False, timeout_minutes: float = TIMEOUT_MINUTES, join_minutes: float = TIMEOUT_MINUTES
-) -> None:
+) -> bool:
     """Join the job's process group: NCCL on GPUs (gloo beside it for host tensors), gloo on CPU.
 
     Does nothing without a launcher or when the group exists. Every process of the job must call it.
@@ -63,13 +63,16 @@ def start_processes(
         timeout_minutes: after so long a collective that does not finish is an error.
         join_minutes: how long to wait for the other processes to come; machines start minutes apart.
 
+    Returns:
+        True if this call joined them, so that who called it is to stop them too.
+
     Raises:
         DistributedError: the launcher's environment is incomplete, there are fewer GPUs than processes on this
             machine, or the others cannot be reached.
     """
     world = launched_world()
     if world == 1 or dist.is_initialized():
-        return
+        return False
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise DistributedError(
@@ -100,6 +103,7 @@ def start_processes(
             f"rank {rank} of {world} could not join the others at {address} ({_absent(store, world) or error}); check "
             "that all processes were started, and that address and port are free and reachable"
         ) from error
+    return True
 
 
 def _here(rank: int) -> str:
