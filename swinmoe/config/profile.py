@@ -58,7 +58,9 @@ class LayerWorkload:
     def policy(self) -> CapacityPolicy:
         """The capacity policy that `capacity` describes."""
         kind, _, factor = self.capacity.partition(" ")
-        return CapacityPolicy(kind=kind, factor=float(factor)) if factor else CapacityPolicy()  # type: ignore[arg-type]
+        if kind == "dropless":
+            return CapacityPolicy()
+        return CapacityPolicy(kind="fixed" if kind == "fixed" else "bounded", factor=float(factor))
 
     def moe(self) -> MoEConfig:
         """The layer."""

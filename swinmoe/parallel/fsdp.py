@@ -65,8 +65,11 @@ def is_sharded(model: nn.Module) -> bool:
 @contextmanager
 def only_accumulating(model: nn.Module) -> Iterator[None]:
     """Within it gradients stay, whole, on the rank that has them: for all micro-batches of a step but the last."""
-    model.set_requires_gradient_sync(False)  # type: ignore[operator]
+    from torch.distributed.fsdp import FSDPModule
+
+    assert isinstance(model, FSDPModule), f"{type(model).__name__} went not through shard_dense"
+    model.set_requires_gradient_sync(False)
     try:
         yield
     finally:
-        model.set_requires_gradient_sync(True)  # type: ignore[operator]
+        model.set_requires_gradient_sync(True)

@@ -44,7 +44,7 @@ class SplitOptimizer(Optimizer):
             stepping = getattr(part, "optim", part)  # what a sharding optimiser steps its own share with
             stepping.state = self.state
 
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # torch's other form returns a loss
         """One update of every parameter; a collective call where ranks share the work. Takes no closure."""
         assert closure is None, "gradients are summed and clipped before a step, and cannot be asked for again"
         for part in self.parts:
@@ -82,7 +82,10 @@ def make_adamw(groups: Groups, mesh: Mesh, **settings: Any) -> Optimizer:
     Raises:
         BackendUnavailableError: `parallel.zero` without FairScale.
     """
-    make: Callable[[Groups], Optimizer] = lambda own: AdamW(own, fused=True, **settings)  # noqa: E731
+
+    def make(own: Groups) -> Optimizer:
+        return AdamW(own, fused=True, **settings)
+
     everything = [p for group in groups for p in group["params"]]
     zero = mesh.config.zero and mesh.world > 1
     if not zero and not any(is_cut(p) for p in everything):

@@ -158,7 +158,7 @@ class _Bench:
         apply_expert_parallel(layer, mesh)
         layer.train(training)
         router = ForcedRouter(layer.router, layer.cfg.router.normalize_gates)
-        layer.router = router  # type: ignore[assignment]
+        layer.add_module("router", router)
         chosen = None if w.skew == "router" else float(w.skew)
         x, slope = self._tokens(w)
         run = self._layer_step(layer, w, x, slope)

@@ -123,7 +123,7 @@ class _Bench:
         routers = []
         for layer in arm.raw.moe_layers().values():
             forced = ForcedRouter(layer.router, layer.cfg.router.normalize_gates)
-            layer.router = forced  # type: ignore[assignment]
+            layer.add_module("router", forced)
             routers.append(forced)
         batches = [place(batch, self.device, run.train.precision) for batch in random_batches(run, mesh)]
         step = self._step(arm, batches)

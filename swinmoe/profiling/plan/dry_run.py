@@ -8,7 +8,7 @@ the config lays rows out without padding, slots are those of balanced routing.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -140,11 +140,11 @@ def _look(run: RunConfig, hardware: Hardware, world: int, rank: int) -> Look:
         model.train()
         pictures = torch.empty(images, run.model.in_chans, *run.model.img_size, device="meta")
         with listen() as sent:
-            kept = _step(raw, model, mesh, pictures, run)
-        heard: Counter[tuple[str, str]] = Counter()
+            kept, state = _step(raw, model, mesh, pictures, run)
+        heard: defaultdict[tuple[str, str], float] = defaultdict(float)
         for message in sent:
-            heard[message.operation, message.what.split(": ")[-1]] += message.bytes  # type: ignore[assignment]
-        held = _held(raw)
+            heard[message.operation, message.what.split(": ")[-1]] += message.bytes
+        held = _held(raw, state)
         look = Look(
             rank=rank,
             experts=_experts_of(mesh, run),
@@ -180,7 +180,7 @@ def _unsynchronised(model: nn.Module) -> nn.Module:
 def _forget_noise(model: SwinTransformer) -> None:
     """Gate noise has no values on the meta device, nor a generator to draw them from."""
     for layer in model.moe_layers().values():
-        layer.draw_noise = partial(_no_noise, layer)  # type: ignore[method-assign]
+        layer.draw_noise = partial(_no_noise, layer)  # type: ignore[method-assign]  # of this one layer
 
 
 def _no_noise(layer: MoEMlp, num_tokens: int, device: torch.device | str) -> Tensor | None:
@@ -188,8 +188,10 @@ def _no_noise(layer: MoEMlp, num_tokens: int, device: torch.device | str) -> Ten
     return torch.empty(num_tokens, layer.num_experts, device=device) if wanted else None
 
 
-def _step(raw: SwinTransformer, model: nn.Module, mesh: Mesh, pictures: Tensor, run: RunConfig) -> float:
-    """One optimiser step; bytes kept for the backward pass of one micro-batch."""
+def _step(
+    raw: SwinTransformer, model: nn.Module, mesh: Mesh, pictures: Tensor, run: RunConfig
+) -> tuple[float, Mapping[Tensor, Any]]:
+    """One optimiser step; bytes kept for the backward pass of one micro-batch, and the optimiser's state."""
     optimizer = torch.optim.AdamW((p for p in raw.parameters() if p.requires_grad), foreach=False)
     kept = 0.0
     for micro in range(run.train.accumulation):
@@ -202,8 +204,7 @@ def _step(raw: SwinTransformer, model: nn.Module, mesh: Mesh, pictures: Tensor, 
     sync_expert_gradients(raw, mesh)
     clip_grad_norm(raw, run.optim.clip_grad_norm, mesh)
     optimizer.step()
-    raw.optimizer_state = optimizer.state  # type: ignore[assignment]
-    return kept
+    return kept, optimizer.state
 
 
 @contextmanager
@@ -233,10 +234,9 @@ def _counted(model: nn.Module) -> Iterator[dict[int, int]]:
         yield seen
 
 
-def _held(model: SwinTransformer) -> dict[str, float]:
+def _held(model: SwinTransformer, state: Mapping[Tensor, Any]) -> dict[str, float]:
     """Bytes of parameters, gradients and moments."""
     found: Counter[str] = Counter()
-    state: Any = model.optimizer_state
     experts = {id(p) for layer in model.moe_layers().values() for p in layer.experts.parameters()}
     for parameter in model.parameters():
         found["experts" if id(parameter) in experts else "dense"] += parameter.nbytes

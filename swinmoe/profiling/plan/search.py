@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from swinmoe.config import ParallelConfig, RunConfig
 from swinmoe.config.checks import divisors
@@ -65,7 +65,9 @@ def layouts(run: RunConfig, scene: Scene) -> Iterator[ParallelConfig]:
             if group > node:
                 continue
             still = group == ep
-            for exchange in ("flat",) if still or ep <= node or ep % node or node % group else ("flat", "2dh"):
+            one_stage = still or ep <= node or ep % node or node % group
+            exchanges: tuple[Literal["flat", "2dh"], ...] = ("flat",) if one_stage else ("flat", "2dh")
+            for exchange in exchanges:
                 for chunks in (1,) if still else CHUNKS:
                     local = node if exchange == "2dh" else None
                     payload = "full" if still else run.parallel.payload
@@ -74,7 +76,7 @@ def layouts(run: RunConfig, scene: Scene) -> Iterator[ParallelConfig]:
                             base,
                             ep_size=ep,
                             weight_group=group,
-                            exchange=exchange,  # type: ignore[arg-type]
+                            exchange=exchange,
                             local_size=local,
                             chunks=chunks,
                             payload=payload,
