@@ -81,7 +81,11 @@ class Router(nn.Module):
             # The bias enters the choice and never the gate (Wang et al. 2024, eq. 3). Without it logits decide: they
             # order experts as probabilities do, and cannot tie by saturation.
             ranking = noisy if self.expert_bias is None else probs + self.expert_bias.to(probs.dtype)
-            expert_ids = ranking.detach().topk(self.top_k, dim=-1).indices
+            ranking = ranking.detach()
+            if self.top_k == 1:  # the same choice for a fraction of a sort
+                expert_ids = ranking.max(-1, keepdim=True).indices
+            else:
+                expert_ids = ranking.topk(self.top_k, dim=-1).indices
             gates = probs.gather(1, expert_ids)
             if (
                 self.cfg.normalize_gates and self.top_k > 1

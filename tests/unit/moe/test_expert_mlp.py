@@ -235,6 +235,59 @@ def test_node_hooks_run_after_the_gradient_is_complete():
     torch.testing.assert_close(seen[0], want, atol=1e-12, rtol=0)
 
 
+class Untouched(Activation):
+    """Returns what it is given."""
+
+    def value(self, pre: Tensor) -> Tensor:
+        return pre
+
+
+def identity_experts(width: int) -> ExpertWeights:
+    """One expert that gives back its rows, so that dropout shows."""
+    eye = torch.eye(width, dtype=torch.float64).unsqueeze(0)
+    return ExpertWeights(eye.clone().requires_grad_(), None, eye.clone().requires_grad_(), None)
+
+
+@pytest.mark.parametrize("dropout", [1e-6, 0.1, 0.5, 0.9])
+def test_dropout_takes_the_share_it_says_and_keeps_the_mean(dropout):
+    torch.manual_seed(0)
+    width, num = 64, 2001
+    rows = torch.ones(num, width, dtype=torch.float64)
+    kept = blocked_mlp(rows, [[num]], identity_experts(width), Untouched(), dropout).detach()
+    assert kept.unique().numel() <= 2
+    share, total = (kept == 0).double().mean(), kept.numel()
+    wanted = max(dropout, 2**-16)
+    assert abs(share - wanted) < 5 * (wanted * (1 - wanted) / total) ** 0.5 + 2**-16
+    assert abs(kept.mean() - 1) < 5 * (wanted / (1 - wanted) / total) ** 0.5
+    if dropout >= 0.1:  # four units share one draw: neighbours up to there must not know of each other
+        flat = (kept == 0).double().flatten() - share
+        for shift in range(1, 9):
+            alike = (flat[shift:] * flat[:-shift]).mean() / flat.square().mean()
+            assert abs(alike) < 5 / total**0.5, shift
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, Untouched()], ids=["gelu", "relu", "swiglu", "untouched"])
+def test_gradients_of_dropout_are_those_of_its_mask(activation, monkeypatch):
+    rows, w = make(activation)
+    torch.manual_seed(0)
+    keep, scale = module._draw_kept(len(rows), w.fc2.shape[2], 0.3)
+    assert 0 < keep.sum() < keep.numel()
+    start, want = 0, []
+    for source in SEGMENTS:
+        for expert, count in enumerate(source):
+            here = slice(start, start := start + count)
+            hidden = activation.value(rows[here] @ w.fc1[expert].t() + w.b1[expert]) * keep[here] * scale
+            want.append(hidden @ w.fc2[expert].t() + w.b2[expert])
+    monkeypatch.setattr(module, "BLOCK_BYTES", 2 * w.fc1.shape[1] * 8)
+    torch.manual_seed(0)
+    out = blocked_mlp(rows, SEGMENTS, w, activation, 0.3)
+    torch.testing.assert_close(out, torch.cat(want), atol=1e-12, rtol=0)
+    slope = torch.randn(out.shape, dtype=out.dtype)
+    got = torch.autograd.grad(out, [rows, *tensors(w)], slope)
+    for g, expected in zip(got, torch.autograd.grad(torch.cat(want), [rows, *tensors(w)], slope), strict=True):
+        torch.testing.assert_close(g, expected, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_under_activation_checkpointing(persistent, dropout, in_place):
