@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swinmoe.comm.failure import naming
+from swinmoe.comm.neighbours import Transfer, link_of
 from swinmoe.comm.traffic import note
 
 Group = dist.ProcessGroup | None
@@ -32,7 +33,7 @@ class _Hop:
 
     def __init__(self, ins: Sequence[int], outs: Sequence[int], group: dist.ProcessGroup, what: str) -> None:
         self.ins, self.outs, self.group, self.what = list(ins), list(outs), group, what
-        self._flight: tuple[dist.Work, Tensor, Tensor] | None = None
+        self._flight: tuple[dist.Work | Transfer, Tensor, Tensor] | None = None
 
     def launch(self, rows: Tensor, sends: list[int], receives: list[int]) -> None:
         me = self.group.rank()
@@ -40,8 +41,13 @@ class _Hop:
         # Gloo needs contiguous memory; gradients of a sum arrive expanded, with strides of zero.
         rows = rows.contiguous()
         received = rows.new_empty((sum(receives), *rows.shape[1:]))
+        work: dist.Work | Transfer | None
         with naming(self.what):
-            work = dist.all_to_all_single(received, rows, receives, sends, group=self.group, async_op=True)
+            link = link_of(self.group) if rows.device.type == "cpu" else None
+            if link is not None:
+                work = link.send(rows, sends, receives)
+            else:
+                work = dist.all_to_all_single(received, rows, receives, sends, group=self.group, async_op=True)
         assert work is not None
         # The sent rows are kept too: their memory may not be reused before the transfer is over.
         self._flight = (work, received, rows)
@@ -50,7 +56,10 @@ class _Hop:
         assert self._flight is not None, "wait() without a start(), or a second wait()"
         (work, received, _), self._flight = self._flight, None
         with naming(self.what):
-            work.wait()
+            if isinstance(work, Transfer):
+                work.wait(received)
+            else:
+                work.wait()
         return received
 
 

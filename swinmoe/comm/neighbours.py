@@ -1,0 +1,292 @@
+"""Rows between processes of one host, through memory that all of them have mapped; for tensors on CPUs.
+
+Gloo sends them over the host's own network stack: four copies, two threads and a few system calls for each message,
+which on a CPU compete with the experts. Here the sender copies rows into a buffer that the receivers see, and each
+receiver copies its part out: two copies, no system call.
+
+Shapes: G ranks of the group, R exchanges under way at most.
+
+Each rank owns a control block, which it alone writes and the others read:
+
+    failed        it gave an exchange up
+    posts (R, ·)  number, buffer, its file and size, and G offsets: what exchange `number` has for each rank, and where
+    taken (G, R)  the number of the exchange of each rank whose rows it has copied out, by number modulo R
+
+and buffers, each for one exchange at a time. A buffer is free again when all its receivers say `taken`. The files have
+no name: peers open them by /proc, and nothing is left behind whoever dies and however. A rank that waits looks after
+its peer, so that a dead one is noticed at once.
+
+Numbers are written last and read first. That other ranks see such writes in this order is a property of x86, and the
+files are one of Linux; elsewhere, and wherever a rank of the group is on another host, Gloo goes on as before, as it
+does under `SWINMOE_SHARED_MEMORY=0`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import time
+import weakref
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+SWITCH = "SWINMOE_SHARED_MEMORY"
+UNDER_WAY = 256
+"""R. A layer has as many under way as it has chunks."""
+SPINS, NAPS = 2000, 20000
+"""Looks before giving up the core at each, and before sleeping between them."""
+SMALLEST = 1 << 16
+_POST = 4  # numbers of a post before its offsets
+
+
+class Link:
+    """One group's shared memory, from one rank's side. Made by `link_of`.
+
+    Args:
+        rank, size: of the group.
+        seconds: after so long a wait is given up.
+    """
+
+    def __init__(self, rank: int, size: int, seconds: float) -> None:
+        self.rank, self.size, self.seconds = rank, size, seconds
+        self._stride = _POST + size
+        self._taken = 1 + UNDER_WAY * self._stride
+        self._words = self._taken + size * UNDER_WAY
+        self._own = _File(8 * self._words)
+        self._controls: list[memoryview] = []
+        self._pids: list[int] = []
+        self._buffers: list[_File] = []
+        self._uses: list[tuple[int, list[int]]] = []
+        """For each buffer the last exchange it was for, and its receivers."""
+        self._seen: dict[tuple[int, int], _File] = {}
+        self._posted: dict[int, tuple[int, list[int]]] = {}
+        """By place of the post: its number and receivers."""
+        self._next = 1
+
+    def address(self) -> list[int]:
+        """What other ranks need to look at this one's control block."""
+        return [os.getpid(), self._own.fd]
+
+    def meet(self, addresses: list[list[int]]) -> None:
+        """Map the control blocks of all ranks.
+
+        Raises:
+            OSError: one cannot be seen from here.
+        """
+        self._pids = [pid for pid, _ in addresses]
+        files = [
+            self._own if rank == self.rank else _File(8 * self._words, of=(pid, fd))
+            for rank, (pid, fd) in enumerate(addresses)
+        ]
+        self._controls = [memoryview(file.map).cast("q") for file in files]
+
+    def send(self, rows: Tensor, sends: list[int], receives: list[int]) -> Transfer:
+        """Hand out `rows`, contiguous and in rank order of their receivers. All ranks call it in the same order."""
+        number, self._next = self._next, self._next + 1
+        size = rows[:1].nbytes
+        ends = list(accumulate(sends))
+        starts = [end - count for end, count in zip(ends, sends, strict=True)]
+        receivers = [rank for rank, count in enumerate(sends) if count and size and rank != self.rank]
+        if receivers:
+            index = self._free_buffer(size * (ends[-1] - sends[self.rank]))
+            file = self._buffers[index]
+            mine, room = slice(starts[self.rank], ends[self.rank]), file.tensor(rows.dtype, rows.shape[1:])
+            room[: mine.start].copy_(rows[: mine.start])
+            room[mine.start : len(rows) - sends[self.rank]].copy_(rows[mine.stop :])
+            self._uses[index] = (number, receivers)
+            offsets = [start if rank < self.rank else start - sends[self.rank] for rank, start in enumerate(starts)]
+            self._post(number, receivers, [index, file.fd, file.size, *offsets])
+        return Transfer(self, number, rows[starts[self.rank] : ends[self.rank]], receives)
+
+    def take(self, number: int, rank: int, out: Tensor) -> None:
+        """Copy what `rank` has for this one into `out`, and say so."""
+        control, place = self._controls[rank], 1 + number % UNDER_WAY * self._stride
+        self._wait(rank, lambda: control[place] == number)
+        index, fd, size = control[place + 1 : place + _POST]
+        start = control[place + _POST + self.rank]
+        file = self._seen.get((rank, index))
+        if file is None or file.size < size:
+            try:
+                file = self._seen[rank, index] = _File(size, of=(self._pids[rank], fd))
+            except OSError:  # it died after it had posted
+                self._give_up(self._ended(rank))
+        out.copy_(file.tensor(out.dtype, out.shape[1:])[start : start + len(out)])
+        self._controls[self.rank][self._taken + rank * UNDER_WAY + number % UNDER_WAY] = number
+
+    def _post(self, number: int, receivers: list[int], values: list[int]) -> None:
+        self._until_taken(*self._posted.get(number % UNDER_WAY, (0, [])))
+        own, place = self._controls[self.rank], 1 + number % UNDER_WAY * self._stride
+        for at, value in enumerate(values, place + 1):
+            own[at] = value
+        own[place] = number
+        self._posted[number % UNDER_WAY] = (number, receivers)
+
+    def _free_buffer(self, size: int) -> int:
+        """Index of a buffer of that size that nobody reads, grown or new if need be; waits only beyond R in use."""
+        if len(self._buffers) == UNDER_WAY:
+            self._until_taken(*min(self._uses))
+        free = [index for index, use in enumerate(self._uses) if self._all_taken(*use)]
+        if not free:
+            free = [len(self._buffers)]
+            self._buffers.append(_File(SMALLEST))
+            self._uses.append((0, []))
+        index = max(free, key=lambda index: self._buffers[index].size)
+        if self._buffers[index].size < size:
+            self._buffers[index].grow(1 << (size - 1).bit_length())
+        return index
+
+    def _until_taken(self, number: int, receivers: list[int]) -> None:
+        for rank in receivers:
+            self._wait(rank, partial(self._has_taken, number, rank))
+
+    def _all_taken(self, number: int, receivers: list[int]) -> bool:
+        return all(self._has_taken(number, rank) for rank in receivers)
+
+    def _has_taken(self, number: int, rank: int) -> bool:
+        return self._controls[rank][self._taken + self.rank * UNDER_WAY + number % UNDER_WAY] >= number
+
+    def _wait(self, rank: int, done: Callable[[], bool]) -> None:
+        looks, began, looked_after = 0, 0.0, 0.0
+        while not done():
+            looks += 1
+            if looks < SPINS:
+                continue
+            now = time.monotonic()
+            if looks == SPINS:
+                began = looked_after = now
+            if now - looked_after > 0.25:
+                looked_after = now
+                self._look_after(rank, now - began)
+            if looks < NAPS:
+                os.sched_yield()
+            else:
+                time.sleep(1e-4)
+
+    def _look_after(self, rank: int, waited: float) -> None:
+        if self._controls[rank][0]:
+            self._give_up(f"connection closed: rank {rank} of the group gave up")
+        if not _alive(self._pids[rank]):
+            self._give_up(self._ended(rank))
+        if waited > self.seconds:
+            self._give_up(f"timed out after {waited:.1f} s of waiting for rank {rank} of the group")
+
+    def _ended(self, rank: int) -> str:
+        return f"connection closed: process {self._pids[rank]}, rank {rank} of the group, has ended"
+
+    def _give_up(self, reason: str) -> NoReturn:
+        """Worded as Gloo words it, for `naming`; and the others need not wait for this rank."""
+        self._controls[self.rank][0] = 1
+        raise RuntimeError(reason)
+
+
+class Transfer:
+    """An exchange under way, as `all_to_all_single` returns one.
+
+    Args:
+        link: the group's.
+        number: of the exchange.
+        own: rows that stay here.
+        receives: rows from each rank.
+    """
+
+    def __init__(self, link: Link, number: int, own: Tensor, receives: list[int]) -> None:
+        self._link, self._number, self._own, self._receives = link, number, own, receives
+
+    def wait(self, out: Tensor) -> None:
+        """Fill `out`, in rank order of the senders."""
+        for rank, part in enumerate(out.split(self._receives)):
+            if rank == self._link.rank:
+                part.copy_(self._own)
+            elif part.numel():
+                self._link.take(self._number, rank, part)
+
+
+class _File:
+    """Memory without a name, or a view of another process's.
+
+    Args:
+        size: bytes.
+        of: process and number of the file there; None = a new one.
+    """
+
+    def __init__(self, size: int, of: tuple[int, int] | None = None) -> None:
+        if of is None:
+            self.fd = os.memfd_create("swinmoe", os.MFD_CLOEXEC)
+            os.ftruncate(self.fd, size)
+        else:
+            self.fd = os.open(f"/proc/{of[0]}/fd/{of[1]}", os.O_RDWR | os.O_CLOEXEC)
+        self._closing = weakref.finalize(self, os.close, self.fd)
+        self.size, self.map = size, mmap.mmap(self.fd, size)
+
+    def grow(self, size: int) -> None:
+        """To `size` bytes; views from before stay what they were."""
+        os.ftruncate(self.fd, size)
+        self.size, self.map = size, mmap.mmap(self.fd, size)
+
+    def tensor(self, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        """All of it as rows of `shape`, without a copy."""
+        row = max(1, shape.numel())
+        flat = torch.frombuffer(self.map, dtype=dtype, count=self.size // dtype.itemsize // row * row)
+        return flat.view(-1, *shape)
+
+
+_links: weakref.WeakKeyDictionary[dist.ProcessGroup, Link | None] = weakref.WeakKeyDictionary()
+
+
+def link_of(group: dist.ProcessGroup) -> Link | None:
+    """The group's shared memory; None where there is none. The first call for a group is a collective one."""
+    if group not in _links:
+        _links[group] = _connect(group)
+    return _links[group]
+
+
+def _connect(group: dist.ProcessGroup) -> Link | None:
+    if dist.get_backend(group) != "gloo":
+        return None
+    rank, size = group.rank(), group.size()
+    link, here = None, [0] * 3
+    if _possible():
+        options = group._get_backend(torch.device("cpu")).options
+        link, here = Link(rank, size, options._timeout.total_seconds()), _host()
+    everyone = _gather([*here, *(link.address() if link else [0, 0])], group)
+    if link is None or any(other[:3] != here or not any(other[:3]) for other in everyone):
+        return None
+    try:
+        link.meet([other[3:] for other in everyone])
+        met = 1
+    except OSError:  # another user's process, or one behind a wall
+        met = 0
+    return link if all(flag for (flag,) in _gather([met], group)) else None
+
+
+def _gather(values: list[int], group: dist.ProcessGroup) -> list[list[int]]:
+    own = torch.tensor(values)
+    everyone = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(everyone, own, group=group)
+    return [each.tolist() for each in everyone]
+
+
+def _possible() -> bool:
+    ordered = platform.machine().lower() in ("x86_64", "amd64")
+    return ordered and hasattr(os, "memfd_create") and os.environ.get(SWITCH, "1") != "0"
+
+
+def _host() -> list[int]:
+    """Equal for processes that can see each other's memory and would reach each other without leaving the machine."""
+    boot = int(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")[:15], 16)
+    return [boot, *(os.stat(f"/proc/self/ns/{space}").st_ino for space in ("net", "pid"))]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False

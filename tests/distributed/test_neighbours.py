@@ -1,0 +1,201 @@
+"""Exchange through shared memory: the same rows as over the network, however ranks interleave, end or fall behind."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from pool import Pool, PoolError
+from test_all_to_all import EMPTY_SENDER_4, UNEVEN_2, exchange
+
+from swinmoe.comm import all_to_all_rows, neighbours, start, wait
+from swinmoe.errors import CollectiveError
+
+pytestmark = pytest.mark.distributed
+
+
+def apart(counts: list[list[int]], groups: list[list[int]]) -> tuple[bool, bool]:
+    """`exchange` with shared memory switched off."""
+    os.environ[neighbours.SWITCH] = "0"
+    try:
+        return exchange(counts, groups, torch.float64, True)
+    finally:
+        del os.environ[neighbours.SWITCH]
+
+
+def test_over_the_network_too(pool4: Pool) -> None:
+    assert pool4.run(apart, EMPTY_SENDER_4, [[0, 1, 2, 3]]) == [(True, True)] * 4
+    assert pool4.run(apart, UNEVEN_2, [[0, 2], [1, 3]]) == [(True, True)] * 4
+
+
+def row(source: int, receiver: int, turn: int, number: int) -> list[float]:
+    return [1000 * source + receiver, turn, number]
+
+
+def many_turns(turns: int, under_way: int) -> int:
+    """Exchanges of random sizes, several under way, ranks now and then late. The number of wrong ones."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    group = dist.new_group(list(range(world)))
+    assert neighbours.link_of(group) is not None, "these processes share a host"
+    sizes, own = random.Random(7), random.Random(rank)
+    flight, wrong = [], 0
+    for turn in range(turns):
+        most = sizes.choice([0, 1, 3, 40, 3000])
+        counts = [[sizes.randint(0, most) for _ in range(world)] for _ in range(world)]
+        rows = [row(rank, to, turn, n) for to in range(world) for n in range(counts[rank][to])]
+        sent = torch.tensor(rows, dtype=torch.float32).view(-1, 3)
+        receives = [counts[source][rank] for source in range(world)]
+        flight.append((turn, counts, sent, start(sent, counts[rank], receives, group)))
+        if own.random() < 0.1:
+            time.sleep(own.random() * 0.01)
+        if len(flight) == under_way:
+            sizes.shuffle(flight)  # waited for in another order than begun
+            while flight:
+                begun, told, kept, pending = flight.pop()
+                want = [row(s, rank, begun, n) for s in range(world) for n in range(told[s][rank])]
+                wrong += not torch.equal(wait(pending), torch.tensor(want, dtype=torch.float32).view(-1, 3))
+                kept.fill_(-1)  # what was sent is the sender's again
+    return wrong
+
+
+@pytest.mark.parametrize("under_way", [1, 5])
+def test_many_turns(pool4: Pool, under_way: int) -> None:
+    assert pool4.run(many_turns, 200, under_way) == [0] * 4
+
+
+def every_place_in_use() -> bool:
+    """As many under way as the ring has places, and round it again."""
+    before, neighbours.UNDER_WAY = neighbours.UNDER_WAY, 8
+    try:
+        group, me = dist.new_group([0, 1]), dist.get_rank()
+        swap = [0, 1] if me == 0 else [1, 0]
+        good = True
+        for turn in range(3):
+            pending = [start(torch.full((1, 1), 100.0 * me + 10 * turn + i), swap, swap, group) for i in range(8)]
+            good = good and [float(wait(p)) for p in pending] == [100.0 * (1 - me) + 10 * turn + i for i in range(8)]
+        return good
+    finally:
+        neighbours.UNDER_WAY = before
+
+
+def test_every_place_in_use(pool2: Pool) -> None:
+    assert pool2.run(every_place_in_use) == [True] * 2
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def opened_and_forgotten() -> tuple[int, int]:
+    """Files open before and after groups that exchanged rows of growing sizes and went away."""
+    counts = []
+    for _ in range(4):
+        group = dist.new_group([0, 1])
+        for size in (10, 10**5, 10**6):
+            all_to_all_rows(torch.ones(2 * size, 1), [size, size], [size, size], group)
+        link = neighbours.link_of(group)
+        assert link is not None and len(link._buffers) <= 2, "buffers are used again"
+        dist.barrier()
+        dist.destroy_process_group(group)
+        del group, link
+        counts.append(open_files())
+    return counts[1], counts[3]
+
+
+def test_nothing_stays_open(pool2: Pool) -> None:
+    for before, after in pool2.run(opened_and_forgotten):
+        assert before == after
+
+
+def left_waiting() -> str:
+    """Rank 1 comes to a first exchange, and to a second one too late."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=1))
+    swap = [0, 1] if dist.get_rank() == 0 else [1, 0]
+    all_to_all_rows(torch.zeros(1, 1), swap, swap, group)
+    if dist.get_rank() == 1:
+        time.sleep(3)
+    try:
+        all_to_all_rows(torch.zeros(1, 1), swap, swap, group, "layer 3: sending tokens")
+        all_to_all_rows(torch.zeros(1, 1), swap, swap, group, "layer 3: returning tokens")
+    except CollectiveError as error:
+        return str(error)
+    return "nothing wrong"
+
+
+def test_a_rank_that_does_not_come_is_given_up_and_told(pool2: Pool) -> None:
+    first, second = pool2.run(left_waiting)
+    assert "rank 0: layer 3: sending tokens did not finish (timed out after 1." in first
+    assert "rank 1: layer 3: returning tokens did not finish (connection closed: rank 0 of the group gave up" in second
+
+
+def dies_or_waits(at_once: bool) -> str:
+    """In a process of its own, rank 1 ends without a word, maybe before anyone has taken what it sent last."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=60))
+    swap = [0, 1] if dist.get_rank() == 0 else [1, 0]
+    all_to_all_rows(torch.zeros(1, 1), swap, swap, group)
+    dist.barrier()
+    if dist.get_rank() == 1:
+        if at_once:
+            x = torch.zeros(10**6, 1)  # in a file that nobody has opened yet
+            start(x, [10**6, 0], [10**6, 0], group)
+        os._exit(9)
+    if at_once:
+        time.sleep(1)
+        swap = [0, 10**6]
+    began = time.monotonic()
+    try:
+        all_to_all_rows(torch.zeros(sum(swap), 1), swap, swap, group, "layer 3")
+    except CollectiveError as error:
+        raise AssertionError(f"{error} after {time.monotonic() - began:.0f} s") from None
+    return "nothing wrong"
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_rank_that_died_is_noticed_long_before_the_timeout(at_once: bool) -> None:
+    pool = Pool(2)
+    with pytest.raises(PoolError, match=r"layer 3 did not finish \(connection closed.*has ended.* after [0-5] s"):
+        pool.run(dies_or_waits, at_once, timeout=40.0)
+
+
+def pretended_hosts(number: int) -> bool:
+    """Whether memory is shared where this rank believes to be on host `number` or rank 0's, as its rank has it."""
+    before = neighbours._host
+    neighbours._host = lambda: [5, number * dist.get_rank(), 5]
+    try:
+        return neighbours.link_of(dist.new_group([0, 1])) is not None
+    finally:
+        neighbours._host = before
+
+
+def test_shared_by_one_host_alone(pool2: Pool) -> None:
+    assert pool2.run(pretended_hosts, 0) == [True, True]
+    assert pool2.run(pretended_hosts, 1) == [False, False]
+
+
+def unseen() -> bool:
+    """Rank 1 cannot open what others have."""
+    opened = os.open
+
+    def refuse(path: str, *arguments: int) -> int:
+        if dist.get_rank() == 1 and "/fd/" in str(path):
+            raise PermissionError(path)
+        return opened(path, *arguments)
+
+    os.open = refuse
+    try:
+        group = dist.new_group([0, 1])
+        swap = [0, 1] if dist.get_rank() == 0 else [1, 0]
+        arrived = all_to_all_rows(torch.full((1, 1), float(dist.get_rank())), swap, swap, group)
+        return float(arrived) == 1 - dist.get_rank() and neighbours.link_of(group) is None
+    finally:
+        os.open = opened
+
+
+def test_all_go_over_the_network_where_one_sees_nothing(pool2: Pool) -> None:
+    assert pool2.run(unseen) == [True, True]
