@@ -28,7 +28,8 @@ import os
 import platform
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -246,6 +247,29 @@ def link_of(group: dist.ProcessGroup) -> Link | None:
     if group not in _links:
         _links[group] = _connect(group)
     return _links[group]
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """Groups that exchange for the first time inside the block do so by their backend. On all ranks, or none."""
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SWITCH]
+        else:
+            os.environ[SWITCH] = before
+
+
+def apart() -> dist.ProcessGroup:
+    """A new group of all processes whose rows go by the backend; a collective call."""
+    with switched_off():
+        found = dist.new_group()
+        assert isinstance(found, dist.ProcessGroup)
+        link_of(found)
+    return found
 
 
 def _connect(group: dist.ProcessGroup) -> Link | None:

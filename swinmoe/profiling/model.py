@@ -43,7 +43,7 @@ from swinmoe.train.place import place
 Line = dict[str, Any]
 """A `measurement` record, see `swinmoe.records.record`."""
 MODEL_PHASES = ("attention", "mlp", phases.OPTIMIZER)
-_STILL = {"optim": {"base_lr": 1e-12}, "schedule": {"min_lr": 0.0, "warmup_lr": 0.0}}
+_STILL = {"optim": {"base_lr": 1e-12}, "schedule": {"min_lr": 0.0, "warmup_lr": 0.0, "warmup_steps": 0}}
 
 
 @dataclass

@@ -22,11 +22,8 @@ pytestmark = pytest.mark.distributed
 
 def apart(counts: list[list[int]], groups: list[list[int]]) -> tuple[bool, bool]:
     """`exchange` with shared memory switched off."""
-    os.environ[neighbours.SWITCH] = "0"
-    try:
+    with neighbours.switched_off():
         return exchange(counts, groups, torch.float64, True)
-    finally:
-        del os.environ[neighbours.SWITCH]
 
 
 def test_over_the_network_too(pool4: Pool) -> None:

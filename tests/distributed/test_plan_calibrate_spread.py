@@ -11,20 +11,23 @@ from swinmoe.profiling.plan import calibrate as module
 pytestmark = pytest.mark.distributed
 
 
-def figures() -> tuple[int, float, float, list[tuple[int, float]]]:
-    """Processes of a node, the link's bandwidth, its latency, and the slowdown of so many processes."""
+def figures() -> tuple[int, float, float, list[tuple[int, float]], str, str]:
+    """Processes of a node, the link's bandwidth, its latency, the slowdown of so many processes; what links are."""
     module.SHAPES = ((4608, 1536, 384), (32, 128, 16), (128, 128, 128))
     module.SIZES = (2**8, 2**16)
     module._large_product = lambda *_: 1.0  # type: ignore[assignment]
     found = module.calibrate(torch.device("cpu"), rounds=3)
     link = found.inside
     sharing = [(s.processes, s.slowdown.value) for s in found.sharing]
-    return found.processes_per_node, link.bandwidth.value, link.latency.value, sharing
+    assert found.shared is not None and found.neighbours is found.shared
+    ways = found.shared.bandwidth.source, link.bandwidth.source
+    return found.processes_per_node, link.bandwidth.value, link.latency.value, sharing, *ways
 
 
 def test_messages_and_sharing_are_figures(pool2: Pool) -> None:
     first, second = pool2.run(figures)
-    ranks, bandwidth, latency, sharing = first
+    ranks, bandwidth, latency, sharing, shared, apart = first
+    assert "through shared memory" in shared and "over sockets" in apart
     assert first == second
     assert ranks == 2 and bandwidth > 0 and latency >= 0
     assert [processes for processes, _ in sharing] == [1, 2]

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from scipy.optimize import nnls
 
 from swinmoe.comm import all_to_all_rows
+from swinmoe.comm.all_to_all import Group
+from swinmoe.comm.neighbours import apart, link_of
 from swinmoe.config import MoEConfig, ParallelConfig
 from swinmoe.errors import ConfigError
 from swinmoe.moe import MoEMlp
@@ -95,7 +97,11 @@ def calibrate(device: torch.device, *, rounds: int = 9, say: Callable[[str], Non
     if mesh.world == 1:
         return here
     say("messages")
-    link = _link(mesh.world, rounds, device, source)
+    group = make_mesh(ParallelConfig(ep_size=mesh.world)).ep_group
+    link = _link(group, rounds, device, source)
+    if _shares_memory(group, device):
+        # Sums and gathers go by sockets all the same, as do rows to other hosts.
+        here, link = replace(here, shared=link), _link(apart(), rounds, device, source)
     say("processes side by side")
     return replace(here, inside=link, between=link, sharing=tuple(_sharing(mesh.world, rounds, device, source)))
 
@@ -208,17 +214,25 @@ def _nowhere() -> Link:
     )
 
 
-def _link(world: int, rounds: int, device: torch.device, source: str) -> Link:
+def _shares_memory(group: Group, device: torch.device) -> bool:
+    return device.type == "cpu" and group is not None and link_of(group) is not None
+
+
+def _link(group: Group, rounds: int, device: torch.device, source: str) -> Link:
     """Latency and bandwidth of an all-to-all among all ranks."""
     steps: dict[str, Step] = {}
-    group = make_mesh(ParallelConfig(ep_size=world)).ep_group
+    assert group is not None, "alone, nothing is sent"
+    world = group.size()
     for size in SIZES:
         rows = torch.zeros(world, size // 4, device=device)
         steps[str(size)] = _bound(all_to_all_rows, rows, [1] * world, [1] * world, group)
     taken = take_turns(steps, rounds, group=group, device=device)
     samples = [Sample(world - 1, size, taken[str(size)].median / 1000) for size in SIZES]
     fitted = fit_link(samples)
-    why = f"{source}; all-to-all of {world} ranks, typical error {100 * fitted.typical_error:.0f} %"
+    way = "by the device's library"
+    if device.type == "cpu":
+        way = "through shared memory" if _shares_memory(group, device) else "over sockets"
+    why = f"{source}; all-to-all of {world} ranks {way}, typical error {100 * fitted.typical_error:.0f} %"
     return Link(
         latency=Figure(value=float(fitted.latency), source=why),
         bandwidth=Figure(value=float(min(fitted.bandwidth, 1e18)), source=why),

@@ -35,11 +35,13 @@ def layout(size: int, stride: int, processes_per_node: int) -> Layout:
 def all_to_all(at: Layout, volume: float, hardware: Hardware) -> float:
     """Flat: every rank to every other in one message, both links at the same time.
 
-    t = α_i + α_x + max((q - 1)·s/B_i(s), (n - q)·s/B_x(s)).
+    t = α_i + α_x + max((q - 1)·s/B_i(s), (n - q)·s/B_x(s)). A group within one node may share memory.
     """
     if at.ranks == 1:
         return 0.0
     size = volume / at.ranks
+    if at.nodes == 1:
+        return hardware.neighbours.seconds(at.ranks - 1, size)
     inside = hardware.inside.seconds(at.per_node - 1, size)
     between = hardware.between.seconds(at.ranks - at.per_node, size)
     latencies = [
@@ -62,7 +64,7 @@ def two_stage_all_to_all(at: Layout, volume: float, hardware: Hardware, precisio
     """
     if at.nodes == 1 or at.per_node == 1:
         return all_to_all(at, volume, hardware)
-    inside = hardware.inside.seconds(at.per_node - 1, volume / at.per_node)
+    inside = hardware.neighbours.seconds(at.per_node - 1, volume / at.per_node)
     between = hardware.between.seconds(at.nodes - 1, volume / at.nodes)
     return inside + between + 4 * volume / hardware.rates.rows.value
 

@@ -100,6 +100,8 @@ class Hardware:
     """Between nodes."""
     overlap: Figure
     """Share of communication that can hide behind computation that does not wait for it, 0 to 1."""
+    shared: Link | None = None
+    """Within a node, rows of an all-to-all where processes share memory (`comm.neighbours`); None: as `inside`."""
     fused_attention: bool = False
     """Attention weights never reach memory."""
     sharing: tuple[Sharing, ...] = field(default=())
@@ -118,6 +120,11 @@ class Hardware:
                 f"hardware {self.name!r}: processes_per_node={self.processes_per_node} must be at least 1, "
                 f"overlap={self.overlap.value:g} at most 1"
             )
+
+    @property
+    def neighbours(self) -> Link:
+        """What rows of an all-to-all travel by that stays in a node."""
+        return self.shared or self.inside
 
     def flops_per_second(self, precision: str) -> float:
         """What large products reach."""

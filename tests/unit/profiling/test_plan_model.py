@@ -156,6 +156,15 @@ def test_a_staged_exchange_by_hand() -> None:
     assert two_stage_all_to_all(Layout(4, 2), 4e6, hardware, "fp32") == pytest.approx(expected)
 
 
+def test_rows_may_travel_within_a_node_by_a_link_of_their_own() -> None:
+    hardware = replace(machine(link(1e-3, 1e9), link(2e-3, 1e8), node=2), shared=link(0, 1e10))
+    assert all_to_all(Layout(2, 2), 4e6, hardware) == pytest.approx(2e6 / 1e10)
+    assert all_to_all(Layout(4, 2), 4e6, hardware) == pytest.approx(1e-3 + 2e-3 + max(1e-3, 2e-2))  # not between nodes
+    copies = 4 * 4e6 / hardware.rates.rows.value
+    staged = 2e6 / 1e10 + 2e-3 + 2e6 / 1e8 + copies
+    assert two_stage_all_to_all(Layout(4, 2), 4e6, hardware, "fp32") == pytest.approx(staged)
+
+
 def test_two_stages_win_where_messages_are_small_and_many() -> None:
     hardware = H100
     at = layout(512, 1, 8)
