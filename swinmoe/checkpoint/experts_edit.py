@@ -64,6 +64,11 @@ def prune_experts(model: Model, num_experts: int, usage: Mapping[str, ExpertUsag
         ConfigError: see `keep_experts`.
         RoutingError: `usage` is not this model's.
     """
+    return keep_experts(model, most_chosen(model, num_experts, usage))
+
+
+def most_chosen(model: Model, num_experts: int, usage: Mapping[str, ExpertUsage]) -> dict[str, list[int]]:
+    """By layer, the numbers of the experts that `prune_experts` keeps; raises what it raises."""
     ids = {}
     for name, layer in expert_layers(model).items():
         if not layer.top_k <= num_experts <= layer.num_experts:
@@ -73,7 +78,7 @@ def prune_experts(model: Model, num_experts: int, usage: Mapping[str, ExpertUsag
             )
         ranked = usage_of(usage, name).chosen.argsort(descending=True, stable=True)
         ids[name] = sorted(ranked[:num_experts].tolist())
-    return keep_experts(model, ids)
+    return ids
 
 
 def grow_experts(

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from swinmoe.checkpoint.experts_edit import grow_experts, keep_experts, prune_experts
+from swinmoe.checkpoint.experts_edit import grow_experts, keep_experts, most_chosen, prune_experts
 from swinmoe.checkpoint.experts_merge import merge_experts
 from swinmoe.checkpoint.load import load_pretrained
 from swinmoe.checkpoint.reader import locate, model_config
@@ -99,6 +99,9 @@ def run(source: Path, out: Path, edit: Edit, *, data: Path | None, images: int, 
     console.print(table)
     if usage is not None:
         console.print(_usage_table(usage))
+        if edit.prune is not None:
+            for layer, ids in most_chosen(model, edit.prune, usage).items():
+                console.print(f"{layer}: kept {', '.join(map(str, ids))}", markup=False, soft_wrap=True)
     if bundle is not None:
         console.print(
             f"accuracy on {len(bundle.eval)} images ({bundle.eval_split}), load on at most {images} of training"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.status import Status
 from rich.table import Column, Table
 
 from swinmoe.commands.evaluate import parse_factors
+from swinmoe.commands.telling import SECONDS_BETWEEN_LINES
 from swinmoe.data import build_data
 from swinmoe.errors import ConfigError
 from swinmoe.profiling.tune.capacity import FACTORS, Tell, Tuning, label, tune_capacity
@@ -199,8 +201,15 @@ def _write(
 
 
 def _teller(console: Console, status: Status) -> Tell:
+    """What is being done: all of it on a terminal, a line every ten seconds elsewhere."""
+    said = time.monotonic()
+
     def tell(text: str) -> None:
+        nonlocal said
         if console.is_terminal:
             status.update(text)
+        elif time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            console.print(text, markup=False, soft_wrap=True)
 
     return tell

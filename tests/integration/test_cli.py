@@ -184,6 +184,13 @@ def test_a_file_for_the_other_command(say: Say, config: Path, tmp_path: Path) ->
     assert status == 2 and errors.endswith("looks like a single run: use swinmoe train\n")
 
 
+def test_a_run_s_key_given_to_a_comparison(say: Say, tmp_path: Path) -> None:
+    twins = tmp_path / "twins.yaml"
+    twins.write_text(yaml.safe_dump({"base": SMALL, "arms": {"sparse": {}}}))
+    status, errors = say("compare", str(twins), "train.steps=9")
+    assert status == 2 and "'train' is a run's; both arms have base.train.steps=9, one alone arms.NAME.tr" in errors
+
+
 def test_models_that_do_not_exist(say: Say) -> None:
     assert say("models", "NOPE")[0] == 2
     status, errors = say("models", "swin_micr0")

@@ -71,6 +71,9 @@ def test_a_saved_model_is_upcycled_grown_pruned_and_merged_back(dense, capsys):
     assert model_config(grown).moe.top_k == 4
     torch.testing.assert_close(read(grown)(x).logits, before)
     pruned = edit(grown, "pruned", prune=4)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if ": kept " in line]
+    layer, ids = line.split(": kept ")
+    assert layer == "layers.1.blocks.0.mlp" and len(set(ids.split(", "))) == 4 and set(ids) <= set("01234567, ")
     kept = edit(pruned, "kept", data=False, keep=(3, 2, 1, 0))
     assert "before" in capsys.readouterr().out
     merged = read(edit(kept, "merged", merge="usage"))
