@@ -9,7 +9,8 @@ Shapes: G ranks of the group, R exchanges under way at most.
 Each rank owns a control block, which it alone writes and the others read:
 
     failed        it gave an exchange up
-    posts (R, ·)  number, buffer, its file and size, and G offsets: what exchange `number` has for each rank, and where
+    posts (R, ·)  number, buffer, its file, that file's identity and size, bytes of a row; and for each of G ranks at
+                  which row of the buffer its rows begin, and how many they are
     taken (G, R)  the number of the exchange of each rank whose rows it has copied out, by number modulo R
 
 and buffers, each for one exchange at a time. A buffer is free again when all its receivers say `taken`. The files have
@@ -29,12 +30,13 @@ import platform
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -45,7 +47,7 @@ UNDER_WAY = 256
 SPINS, NAPS = 2000, 20000
 """Looks before giving up the core at each, and before sleeping between them."""
 SMALLEST = 1 << 16
-_POST = 4  # numbers of a post before its offsets
+_POST = 6  # numbers of a post before its G offsets and G counts
 
 
 class Link:
@@ -58,7 +60,7 @@ class Link:
 
     def __init__(self, rank: int, size: int, seconds: float) -> None:
         self.rank, self.size, self.seconds = rank, size, seconds
-        self._stride = _POST + size
+        self._stride = _POST + 2 * size
         self._taken = 1 + UNDER_WAY * self._stride
         self._words = self._taken + size * UNDER_WAY
         self._own = _File(8 * self._words)
@@ -96,31 +98,57 @@ class Link:
         ends = list(accumulate(sends))
         starts = [end - count for end, count in zip(ends, sends, strict=True)]
         receivers = [rank for rank, count in enumerate(sends) if count and size and rank != self.rank]
+        own = slice(starts[self.rank], ends[self.rank])
         if receivers:
             index = self._free_buffer(size * (ends[-1] - sends[self.rank]))
-            file = self._buffers[index]
-            mine, room = slice(starts[self.rank], ends[self.rank]), file.tensor(rows.dtype, rows.shape[1:])
-            room[: mine.start].copy_(rows[: mine.start])
-            room[mine.start : len(rows) - sends[self.rank]].copy_(rows[mine.stop :])
+            file, plain = self._buffers[index], _bytes(rows)
+            file.at(0, size * own.start)[:] = plain[: size * own.start]
+            file.at(size * own.start, size * (ends[-1] - own.stop))[:] = plain[size * own.stop :]
             self._uses[index] = (number, receivers)
             offsets = [start if rank < self.rank else start - sends[self.rank] for rank, start in enumerate(starts)]
-            self._post(number, receivers, [index, file.fd, file.size, *offsets])
-        return Transfer(self, number, rows[starts[self.rank] : ends[self.rank]], receives)
+            self._post(number, receivers, [index, file.fd, file.identity, file.size, size, *offsets, *sends])
+        return Transfer(self, number, rows[own], receives)
 
     def take(self, number: int, rank: int, out: Tensor) -> None:
         """Copy what `rank` has for this one into `out`, and say so."""
         control, place = self._controls[rank], 1 + number % UNDER_WAY * self._stride
         self._wait(rank, lambda: control[place] == number)
-        index, fd, size = control[place + 1 : place + _POST]
-        start = control[place + _POST + self.rank]
+        index, fd, identity, size, row = control[place + 1 : place + _POST]
+        start, count = (control[place + _POST + part * self.size + self.rank] for part in (0, 1))
+        if (count, row) != (len(out), out[:1].nbytes):
+            self._give_up(
+                f"rank {rank} of the group sends {count} rows of {row} bytes, where {len(out)} of {out[:1].nbytes} "
+                "were expected"
+            )
         file = self._seen.get((rank, index))
         if file is None or file.size < size:
-            try:
-                file = self._seen[rank, index] = _File(size, of=(self._pids[rank], fd))
-            except OSError:  # it died after it had posted
-                self._give_up(self._ended(rank))
-        out.copy_(file.tensor(out.dtype, out.shape[1:])[start : start + len(out)])
+            file = self._seen[rank, index] = self._open(rank, fd, identity, size)
+        _bytes(out)[:] = file.at(start * row, count * row)
+        self.skip(number, rank)
+
+    def skip(self, number: int, rank: int) -> None:
+        """Say that what `rank` has for this one is not needed any more."""
         self._controls[self.rank][self._taken + rank * UNDER_WAY + number % UNDER_WAY] = number
+
+    def close(self) -> None:
+        """Wait a little for those who have not taken what was last sent: it is gone with this process."""
+        self.seconds = min(self.seconds, 5.0)
+        if self._controls[self.rank][0]:
+            return
+        with suppress(RuntimeError):
+            for number, receivers in self._posted.values():
+                self._until_taken(number, receivers)
+
+    def _open(self, rank: int, fd: int, identity: int, size: int) -> _File:
+        try:
+            file = _File(size, of=(self._pids[rank], fd))
+        except (FileNotFoundError, ProcessLookupError):
+            self._give_up(self._ended(rank))
+        except OSError as error:
+            self._give_up(f"failed to recv from rank {rank} of the group: {error}")
+        if file.identity != identity:  # it has closed its own, and opened something else
+            self._give_up(self._ended(rank))
+        return file
 
     def _post(self, number: int, receivers: list[int], values: list[int]) -> None:
         self._until_taken(*self._posted.get(number % UNDER_WAY, (0, [])))
@@ -208,6 +236,18 @@ class Transfer:
                 part.copy_(self._own)
             elif part.numel():
                 self._link.take(self._number, rank, part)
+        self._receives = []
+
+    def __del__(self) -> None:
+        # Begun and never waited for, as when an error passed between: the sender may have its buffer back.
+        for rank, count in enumerate(self._receives):
+            if count and rank != self._link.rank:
+                self._link.skip(self._number, rank)
+
+
+def _bytes(rows: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The memory of contiguous rows. Not torch's copies: those of a view look like memory that was allocated."""
+    return rows.detach().reshape(-1).view(torch.uint8).numpy()
 
 
 class _File:
@@ -224,19 +264,21 @@ class _File:
             os.ftruncate(self.fd, size)
         else:
             self.fd = os.open(f"/proc/{of[0]}/fd/{of[1]}", os.O_RDWR | os.O_CLOEXEC)
-        self._closing = weakref.finalize(self, os.close, self.fd)
-        self.size, self.map = size, mmap.mmap(self.fd, size)
+        # Not at the end of the process: others may open it until the very end, and the system closes it then.
+        weakref.finalize(self, os.close, self.fd).atexit = False
+        found = os.fstat(self.fd)
+        if found.st_size < size:  # not the file that was meant: that has gone, and its number to another
+            raise FileNotFoundError(self.fd)
+        self.size, self.map, self.identity = size, mmap.mmap(self.fd, size), found.st_ino
 
     def grow(self, size: int) -> None:
         """To `size` bytes; views from before stay what they were."""
         os.ftruncate(self.fd, size)
         self.size, self.map = size, mmap.mmap(self.fd, size)
 
-    def tensor(self, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-        """All of it as rows of `shape`, without a copy."""
-        row = max(1, shape.numel())
-        flat = torch.frombuffer(self.map, dtype=dtype, count=self.size // dtype.itemsize // row * row)
-        return flat.view(-1, *shape)
+    def at(self, start: int, count: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """`count` bytes from `start` on, without a copy."""
+        return np.frombuffer(self.map, np.uint8, count, start) if count else np.empty(0, np.uint8)
 
 
 _links: weakref.WeakKeyDictionary[dist.ProcessGroup, Link | None] = weakref.WeakKeyDictionary()
@@ -245,7 +287,9 @@ _links: weakref.WeakKeyDictionary[dist.ProcessGroup, Link | None] = weakref.Weak
 def link_of(group: dist.ProcessGroup) -> Link | None:
     """The group's shared memory; None where there is none. The first call for a group is a collective one."""
     if group not in _links:
-        _links[group] = _connect(group)
+        link = _links[group] = _connect(group)
+        if link is not None:
+            weakref.finalize(group, link.close)  # at the end of the process too
     return _links[group]
 
 
@@ -279,7 +323,9 @@ def _connect(group: dist.ProcessGroup) -> Link | None:
     link, here = None, [0] * 3
     if _possible():
         options = group._get_backend(torch.device("cpu")).options
-        link, here = Link(rank, size, options._timeout.total_seconds()), _host()
+        with suppress(OSError, ValueError):  # refused here: the others are told so below
+            here = _host()
+            link = Link(rank, size, options._timeout.total_seconds())
     everyone = _gather([*here, *(link.address() if link else [0, 0])], group)
     if link is None or any(other[:3] != here or not any(other[:3]) for other in everyone):
         return None
@@ -292,7 +338,7 @@ def _connect(group: dist.ProcessGroup) -> Link | None:
 
 
 def _gather(values: list[int], group: dist.ProcessGroup) -> list[list[int]]:
-    own = torch.tensor(values)
+    own = torch.tensor(values, device="cpu")
     everyone = [torch.empty_like(own) for _ in range(group.size())]
     dist.all_gather(everyone, own, group=group)
     return [each.tolist() for each in everyone]

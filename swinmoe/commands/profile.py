@@ -219,10 +219,11 @@ def show(lines: list[Line], console: Console) -> None:
     found = {name for line in watched for name in phase_sums(line)}
     order = ["attention", "mlp", "route", "scatter", *EXCHANGE, "experts", "gather", "optimizer", "other"]
     names = [name for name in order if name in found]
-    table = _table("ms in", [name.replace("exchange_", "exch. ") for name in names] + ["sum"])
+    table = _table("ms in", [name.replace("exchange_", "exch. ") for name in names] + ["sum", "over ms"])
     for line in watched:
-        sums = phase_sums(line)
-        table.add_row(line["name"], *(_number(sums.get(name)) for name in names), _number(line["instrumented_ms"]))
+        sums, whole = phase_sums(line), line["instrumented_ms"]
+        over = f"{whole / line['ms']['median'] - 1:+.1%}"  # what the marks cost, and the noise
+        table.add_row(line["name"], *(_number(sums.get(name)) for name in names), _number(whole), over)
     console.print(table)
     for line in watched:
         if line.get("exchange_ms") is not None:

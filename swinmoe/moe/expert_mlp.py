@@ -197,14 +197,14 @@ def _draw_kept(num_rows: int, hidden: int, dropout: float) -> tuple[Tensor, floa
     rounded one. As bytes, since they become numbers several times faster than booleans do.
     """
     dropped = min(max(round(dropout * 2**16), 1), 2**16 - 1)
-    words = torch.empty(-(-num_rows * hidden // 4), dtype=torch.int64).random_(-(2**63), None)
+    words = torch.empty(-(-num_rows * hidden // 4), dtype=torch.int64, device="cpu").random_(-(2**63), None)
     kept = words.view(torch.int16)[: num_rows * hidden] >= dropped - 2**15
     return kept.view(torch.uint8).view(num_rows, hidden), 2**16 / (2**16 - dropped)
 
 
-def _factor(keep: Tensor | None, block: Block, scale: float, dtype: torch.dtype) -> Tensor | None:
-    """What dropout multiplies a block's hidden units by (n, F)."""
-    return None if keep is None else keep[block.start : block.stop].to(dtype).mul_(scale)
+def _kept(keep: Tensor | None, block: Block, dtype: torch.dtype) -> Tensor | None:
+    """1 and 0 for a block's hidden units (n, F)."""
+    return None if keep is None else keep[block.start : block.stop].to(dtype)
 
 
 class _BlockedMlp(torch.autograd.Function):
@@ -228,9 +228,9 @@ class _BlockedMlp(torch.autograd.Function):
         for block, (x, y) in zip(blocks, pieces, strict=True):
             w1, c1, w2, c2 = weights[block.expert]
             pre = _affine(x, w1, c1)
-            hidden, factor = activation.value(pre), _factor(keep, block, scale, x.dtype)
-            if factor is not None:
-                hidden = hidden * factor  # not in place: an activation may return what it was given
+            hidden, kept = activation.value(pre), _kept(keep, block, x.dtype)
+            if kept is not None:
+                hidden = (hidden * kept).mul_(scale)  # not in place: an activation may return what it was given
             _affine(hidden, w2, c2, out=y)
             if training:
                 saved += (pre, hidden)
@@ -270,9 +270,9 @@ def _blocked_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if grad_fc2 is not None:
             grad_fc2.add(expert, grad_out, hidden)
         grad_hidden = torch.mm(grad_out, w2.to(grad_out.dtype), out=scratch[: len(x)])
-        factor = _factor(keep, block, ctx.scale, x.dtype)
-        if factor is not None:
-            grad_hidden.mul_(factor)
+        kept = _kept(keep, block, x.dtype)
+        if kept is not None:
+            grad_hidden.mul_(kept).mul_(ctx.scale)
         grad_pre = ctx.activation.gradient(grad_hidden, pre)
         if grad_b1 is not None:
             grad_b1.add(expert, grad_pre)

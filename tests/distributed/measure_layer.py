@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinmoe.config import BalanceLossConfig, CapacityConfig, CapacityPolicy, MoEConfig, ParallelConfig
+from swinmoe.config import CapacityConfig, CapacityPolicy, MoEConfig, ParallelConfig
 from swinmoe.moe import MoEMlp
 from swinmoe.parallel import Mesh, apply_expert_parallel, make_mesh
 from swinmoe.profiling import take_turns
@@ -33,7 +33,9 @@ def step_of(module: nn.Module, x: Tensor, slope: Tensor) -> Step:
     def step() -> None:
         module.zero_grad(set_to_none=False)
         y = module(x)
-        (y[0] if isinstance(y, tuple) else y).backward(slope)
+        y, stats = y if isinstance(y, tuple) else (y, None)
+        loss = stats.loss if stats is not None else getattr(y, "l_aux", None)
+        torch.autograd.backward([y, loss], [slope, None]) if loss is not None else y.backward(slope)
 
     return step
 
@@ -50,7 +52,6 @@ def ours(args: argparse.Namespace, mesh: Mesh, **changes: Any) -> MoEMlp:
     cfg = MoEConfig(
         num_experts=args.experts,
         dispatcher=changes.pop("dispatcher", "ragged"),
-        losses=BalanceLossConfig(gshard=0.01, batch="local"),
         capacity=CapacityConfig(train=fixed, eval=fixed) if changes.pop("fixed", False) else CapacityConfig(),
     )
     layer = MoEMlp(cfg, dim=args.dim, hidden_dim=args.hidden)

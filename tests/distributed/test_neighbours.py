@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import time
@@ -98,7 +99,6 @@ def opened_and_forgotten() -> tuple[int, int]:
             all_to_all_rows(torch.ones(2 * size, 1), [size, size], [size, size], group)
         link = neighbours.link_of(group)
         assert link is not None and len(link._buffers) <= 2, "buffers are used again"
-        dist.barrier()
         dist.destroy_process_group(group)
         del group, link
         counts.append(open_files())
@@ -108,6 +108,62 @@ def opened_and_forgotten() -> tuple[int, int]:
 def test_nothing_stays_open(pool2: Pool) -> None:
     for before, after in pool2.run(opened_and_forgotten):
         assert before == after
+
+
+def given_back() -> int:
+    """Buffers after many exchanges that were begun and never waited for."""
+    group, me = dist.new_group([0, 1]), dist.get_rank()
+    swap = [0, 1] if me == 0 else [1, 0]
+    for _ in range(2 * neighbours.UNDER_WAY):
+        start(torch.zeros(1, 1), swap, swap, group)
+        dist.barrier()
+    link = neighbours.link_of(group)
+    assert link is not None
+    return len(link._buffers)
+
+
+def test_who_begins_and_never_waits_gives_buffers_back(pool2: Pool) -> None:
+    assert max(pool2.run(given_back)) <= 2
+
+
+def told_different_counts() -> str:
+    group, me = dist.new_group([0, 1], timeout=timedelta(seconds=5)), dist.get_rank()
+    swap = [0, 1] if me == 0 else [1, 0]
+    other = swap if me == 0 else [2, 0]
+    try:
+        all_to_all_rows(torch.zeros(1, 1), swap, other, group, "layer 3")
+        all_to_all_rows(torch.zeros(1, 1), swap, swap, group, "layer 4")
+    except (RuntimeError, CollectiveError) as error:
+        return str(error)
+    return "nothing wrong"
+
+
+def test_ranks_that_disagree_on_what_is_sent(pool2: Pool) -> None:
+    first, second = pool2.run(told_different_counts)
+    assert "layer 4 did not finish (connection closed: rank 1 of the group gave up" in first
+    assert "layer 3 failed (rank 0 of the group sends 1 rows of 4 bytes, where 2 of 4 were expected)" in second
+
+
+def ends_on_an_exchange(folder: str) -> None:
+    """Rank 0 leaves at once; rank 1 comes later for what it left behind, in a file it has not opened."""
+    group, me = dist.new_group([0, 1]), dist.get_rank()
+    x = torch.full((10**5, 1), float(me))
+    swap = [0, 10**5] if me == 0 else [10**5, 0]
+    pending = start(x, swap, swap, group)
+    if me == 1:
+        time.sleep(1)
+        Path(folder, "sum").write_text(str(float(wait(pending).sum())))
+    else:
+        wait(pending)
+        atexit._run_exitfuncs()  # what the end of a process does; those of a fork server skip it
+        os._exit(0)
+
+
+def test_what_was_sent_arrives_though_its_sender_ends(tmp_path: Path) -> None:
+    pool = Pool(2)
+    with pytest.raises(PoolError):  # rank 0 gives no answer
+        pool.run(ends_on_an_exchange, str(tmp_path), timeout=20.0)
+    assert (tmp_path / "sum").read_text() == "0.0"
 
 
 def left_waiting() -> str:

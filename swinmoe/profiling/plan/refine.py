@@ -74,7 +74,8 @@ def _scaled(hardware: Hardware, factors: dict[str, float], steps: int) -> Hardwa
     calls, latency, bandwidth = (factors.get(name, 1.0) for name in ("calls", "latency", "bandwidth"))
     call = Figure(value=hardware.call.value * calls, source=hardware.call.source + why * (calls != 1))
     inside, between = (_scaled_link(link, latency, bandwidth, why) for link in (hardware.inside, hardware.between))
-    return replace(hardware, call=call, inside=inside, between=between)
+    shared = None if hardware.shared is None else _scaled_link(hardware.shared, latency, bandwidth, why)
+    return replace(hardware, call=call, inside=inside, between=between, shared=shared)
 
 
 def _scaled_link(link: Link, latency: float, bandwidth: float, why: str) -> Link:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from swinmoe.comm.neighbours import SWITCH
 from swinmoe.config import RunConfig
 from swinmoe.config.io import to_tree
 from swinmoe.errors import ConfigError
@@ -49,6 +50,7 @@ def shape_of(run: RunConfig, world: int, local_world: int, device: str, options:
         "processes_per_machine": local_world,
         "device": device,
         "threads": torch.get_num_threads(),
+        "shared_memory": os.environ.get(SWITCH, "1"),
         "torch": str(torch.__version__),
         "swinmoe": __version__,
         **options,
