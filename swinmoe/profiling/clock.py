@@ -79,6 +79,7 @@ def take_turns(
     group: Group = None,
     device: torch.device | str = "cpu",
     warm_up: int = WARM_UP,
+    primed: bool = False,
     on_round: Callable[[int], None] | None = None,
 ) -> dict[str, Timing]:
     """Time `steps`, one after another in each round, in alternating order; a collective call.
@@ -89,6 +90,8 @@ def take_turns(
     Args:
         steps: by name; every rank gives the same names in the same order.
         rounds: at least 1.
+        primed: let each step go once uncounted before it is timed, in every round: caches and the allocator are then as
+            the step itself leaves them, not as the arm before did. For arms of several libraries.
         group: the ranks that step together; None = this process alone.
         device: where the work is done.
         on_round: called with the number of rounds done.
@@ -102,6 +105,8 @@ def take_turns(
     taken = torch.empty(len(names), rounds, dtype=torch.float64)
     for turn in range(rounds):
         for index in range(len(names)) if turn % 2 == 0 else reversed(range(len(names))):
+            if primed:
+                steps[names[index]]()
             stopwatch.settle()
             meet(group)
             taken[index, turn] = stopwatch.time(steps[names[index]])

@@ -1,6 +1,6 @@
 """Training steps of one process beside peers': a measurement to run by hand on an idle machine, not a test.
 
-    python tests/distributed/measure_speed.py layer [--rounds 31]                    # four shapes, some 5 minutes
+    python tests/distributed/measure_speed.py layer [--rounds 31] [--primed]         # four shapes, some 5 minutes
     python tests/distributed/measure_speed.py model [--rounds 15] [--swin-repo DIR]  # sparse over dense, some 5
     python tests/distributed/measure_speed.py dense [--rounds 15]                    # timm and torchvision, some 4
     python tests/distributed/measure_speed.py compiled [--rounds 15] [--timm]        # torch.compile, cold and warm
@@ -8,7 +8,8 @@
 
 Arms take turns in rounds; medians with 95 % intervals. A step is forward and backward with the layers' balance losses
 and without the optimiser; gradient buffers stay from step to step and are set to zero in it, except in the arms that
-say `fresh`, which give them back. Tutel and FairScale take part where they are installed, Microsoft's model where a
+say `fresh`, which give them back. An arm finds caches and the allocator as the arm before left them, which next to a
+library that allocates much is not as its own steps leave them: `--primed` takes that out. Tutel and FairScale take part where they are installed, Microsoft's model where a
 checkout of its repository is named. Other load on the machine spoils ratios too: many small products wait for each
 other more often than few large ones. Prints JSON, one line a table.
 """
@@ -122,7 +123,8 @@ def layers(args: argparse.Namespace) -> None:
         steps = {name: layer_step(module, x, slope) for name, module in modules.items()}
         steps |= {f"{n}, fresh": layer_step(modules[n], x, slope, fresh=True) for n in ("dense", "swinmoe")}
         told = {"tokens": tokens, "dim": dim, "hidden": hidden, "experts": experts, "top_k": top_k}
-        tell("layer", told, steps, args.rounds, baseline="dense", times=top_k)
+        told["primed"] = args.primed
+        tell("layer", told, steps, args.rounds, baseline="dense", times=top_k, primed=args.primed)
 
 
 # -------------------------------------------------------------------------------------------------------- whole models
@@ -280,10 +282,17 @@ def one_peak(what: str) -> None:
 
 
 def tell(
-    table: str, shape: Mapping[str, Any], steps: Mapping[str, Step], rounds: int, *, baseline: str, times: int = 1
+    table: str,
+    shape: Mapping[str, Any],
+    steps: Mapping[str, Step],
+    rounds: int,
+    *,
+    baseline: str,
+    times: int = 1,
+    primed: bool = False,
 ) -> None:
     """Time the steps and print a line: medians with intervals, and medians over `times` baselines."""
-    timings = take_turns(steps, rounds)
+    timings = take_turns(steps, rounds, primed=primed)
     base = timings[baseline].median * times
     line = {
         "table": table,
@@ -305,6 +314,7 @@ def main() -> None:
     parser.add_argument("table", choices=tables)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--primed", action="store_true", help="layer: each step goes once uncounted before it is timed")
     parser.add_argument("--swin-repo", type=Path, help="a checkout of Microsoft's Swin-Transformer")
     parser.add_argument("--timm", action="store_true", help="compile timm's models too, whole: many minutes")
     parser.add_argument("--child", help=argparse.SUPPRESS)

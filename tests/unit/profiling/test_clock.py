@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 
 import pytest
@@ -43,3 +44,10 @@ def test_steps_take_turns() -> None:
     assert rounds == [1, 2, 3]
     assert [len(timing.ms) for timing in taken.values()] == [3, 3]
     assert set(taken["a"].as_json()) == {"median", "low", "high", "rounds"}
+
+
+def test_primed_steps_go_twice_and_count_once() -> None:
+    calls: list[str] = []
+    taken = take_turns({"a": partial(calls.append, "a"), "b": partial(calls.append, "b")}, 2, warm_up=0, primed=True)
+    assert calls == ["a", "a", "b", "b", "b", "b", "a", "a"]
+    assert len(taken["a"].ms) == 2
