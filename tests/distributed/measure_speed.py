@@ -9,9 +9,10 @@
 Arms take turns in rounds; medians with 95 % intervals. A step is forward and backward with the layers' balance losses
 and without the optimiser; gradient buffers stay from step to step and are set to zero in it, except in the arms that
 say `fresh`, which give them back. An arm finds caches and the allocator as the arm before left them, which next to a
-library that allocates much is not as its own steps leave them: `--primed` takes that out. Tutel and FairScale take part where they are installed, Microsoft's model where a
-checkout of its repository is named. Other load on the machine spoils ratios too: many small products wait for each
-other more often than few large ones. Prints JSON, one line a table.
+library that allocates much is not as its own steps leave them: `--primed` takes that out. Tutel and FairScale take part
+where they are installed, Microsoft's model where a checkout of its repository is named. Other load on the machine
+spoils ratios too: many small products wait for each other more often than few large ones. Prints JSON, one line a
+table.
 """
 
 from __future__ import annotations
