@@ -7,6 +7,7 @@ from swinmoe.config import CapacityPolicy
 from swinmoe.errors import ConfigError
 from swinmoe.moe import capacity, require_slots
 from swinmoe.moe.dispatch import plan, queue
+from swinmoe.moe.dispatchers import base
 from swinmoe.moe.types import Routing
 
 
@@ -97,3 +98,10 @@ def test_a_policy_without_slots_is_refused():
     require_slots(CapacityPolicy(kind="dropless", min_slots=0), 4, 8, 1)
     with pytest.raises(ConfigError, match=r"factor 0\.5 gives every expert 0 slots at 4 tokens.*min_slots >= 1"):
         require_slots(CapacityPolicy(kind="fixed", factor=0.5, min_slots=0), 4, 8, 1)
+
+
+@pytest.mark.parametrize("piece", [1, 100, 10**6])
+def test_products_of_rows_in_pieces(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "DOT_BYTES", piece)
+    a, b = torch.randn(2, 13, 5, dtype=torch.float64).unbind()
+    torch.testing.assert_close(base._row_dots(a, b), torch.einsum("nd,nd->n", a, b), atol=1e-12, rtol=0)
