@@ -8,6 +8,7 @@ counted.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -157,3 +158,19 @@ def test_questions_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
         (x + 1).tolist()
         torch.ones(3).sum().item()  # of the host's own
     assert questions == ["aten._local_scalar_dense.default", "aten.nonzero.default", "tolist"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch's own watch over synchronisation")
+@pytest.mark.parametrize(("dispatcher", "waits"), [("padded", 0), ("gshard", 0), ("ragged", 1)])
+def test_on_a_gpu_torch_sees_as_many(dispatcher: str, waits: int) -> None:
+    layer = MoEMlp(replace(PADDED, dispatcher=dispatcher), dim=16, hidden_dim=32, device="cuda")
+    x = torch.randn(3, 8, 16, device="cuda", requires_grad=True)
+    step(layer, x)  # libraries' handles are made, which waits
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step(layer, x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchroniz" in str(warning.message) for warning in seen) == waits
