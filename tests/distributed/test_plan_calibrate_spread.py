@@ -24,6 +24,17 @@ def figures() -> tuple[int, float, float, list[tuple[int, float]], str, str]:
     return found.processes_per_node, link.bandwidth.value, link.latency.value, sharing, *ways
 
 
+def worked() -> tuple[dict[str, float], int]:
+    """Times, and how often this process worked for them."""
+    calls: list[int] = []
+    return module._timed({"work": lambda: calls.append(1)}, 3, torch.device("cpu")), len(calls)
+
+
+def test_one_process_is_timed_and_the_others_wait(pool2: Pool) -> None:
+    (first, busy), (second, idle) = pool2.run(worked)
+    assert first == second and busy >= 3 and idle == 0
+
+
 def test_messages_and_sharing_are_figures(pool2: Pool) -> None:
     first, second = pool2.run(figures)
     ranks, bandwidth, latency, sharing, shared, apart = first

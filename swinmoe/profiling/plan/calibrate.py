@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import nnls
 
-from swinmoe.comm import all_to_all_rows
+from swinmoe.comm import all_reduce_max, all_to_all_rows
 from swinmoe.comm.all_to_all import Group
 from swinmoe.comm.neighbours import apart, link_of
 from swinmoe.config import MoEConfig, ParallelConfig
@@ -170,9 +170,14 @@ def _both(forward: Callable[[], torch.Tensor], leaf: torch.Tensor, slope: torch.
 
 
 def _timed(steps: Mapping[str, Step], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each, on this process alone."""
-    taken = take_turns(dict(steps), rounds, device=device)
-    return {name: timing.median / 1000 for name, timing in taken.items()}
+    """Median seconds of each on the first process, while all others wait: side by side they would share its cores."""
+    mesh = make_mesh(ParallelConfig())
+    medians = torch.zeros(len(steps), dtype=torch.float64)
+    if mesh.rank == 0:
+        taken = take_turns(dict(steps), rounds, device=device)
+        medians = torch.tensor([timing.median / 1000 for timing in taken.values()], dtype=torch.float64)
+    medians = all_reduce_max(medians, mesh.world_group, "waiting for the first process's times")
+    return dict(zip(steps, medians.tolist(), strict=True))
 
 
 def _fit(benches: Sequence[_Bench], seconds: Mapping[str, float]) -> tuple[float, float, float, float]:
