@@ -323,9 +323,9 @@ def _connect(group: dist.ProcessGroup) -> Link | None:
     link, here = None, [0] * 3
     if _possible():
         options = group._get_backend(torch.device("cpu")).options
-        with suppress(OSError, ValueError):  # refused here: the others are told so below
-            here = _host()
-            link = Link(rank, size, options._timeout.total_seconds())
+        with suppress(OSError, ValueError):  # refused here: the others are told so by zeros
+            host = _host()
+            link, here = Link(rank, size, options._timeout.total_seconds()), host
     everyone = _gather([*here, *(link.address() if link else [0, 0])], group)
     if link is None or any(other[:3] != here or not any(other[:3]) for other in everyone):
         return None

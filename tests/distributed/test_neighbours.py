@@ -252,3 +252,22 @@ def unseen() -> bool:
 
 def test_all_go_over_the_network_where_one_sees_nothing(pool2: Pool) -> None:
     assert pool2.run(unseen) == [True, True]
+
+
+def refused_a_file() -> bool:
+    """Rank 1 may not make one."""
+    make = os.memfd_create
+
+    def refuse(*arguments: object) -> int:
+        raise PermissionError("memfd_create")
+
+    if dist.get_rank() == 1:
+        os.memfd_create = refuse
+    try:
+        return neighbours.link_of(dist.new_group([0, 1])) is None
+    finally:
+        os.memfd_create = make
+
+
+def test_all_go_over_the_network_where_one_has_no_memory_to_share(pool2: Pool) -> None:
+    assert pool2.run(refused_a_file) == [True, True]
