@@ -185,6 +185,8 @@ class MoEMlp(nn.Module):
         if not self.training or self.cfg.router.noise == 0:
             return None
         device = torch.device(device)
+        if device.type == "meta":  # no values, and no generator to draw them from
+            return torch.empty(num_tokens, self.num_experts, device=device)
         if self._generator.device.type != device.type:
             self._generator = torch.Generator(device=device).manual_seed(self._noise_seed)
         noise = torch.randn(num_tokens, self.num_experts, generator=self._generator, device=device)

@@ -9,7 +9,7 @@ AdamW has three kinds of parameters to step, which need instances of their own:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -44,7 +44,13 @@ class SplitOptimizer(Optimizer):
             stepping = getattr(part, "optim", part)  # what a sharding optimiser steps its own share with
             stepping.state = self.state
 
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # torch's other form returns a loss
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> NoReturn: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         """One update of every parameter; a collective call where ranks share the work. Takes no closure."""
         assert closure is None, "gradients are summed and clipped before a step, and cannot be asked for again"
         for part in self.parts:

@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from math import isclose
 from typing import Any
 
@@ -24,7 +23,6 @@ from swinmoe.comm import listen
 from swinmoe.config import RunConfig
 from swinmoe.config.io import with_overrides
 from swinmoe.models import SwinTransformer, build_model
-from swinmoe.moe import MoEMlp
 from swinmoe.parallel import (
     Mesh,
     apply_expert_parallel,
@@ -135,7 +133,6 @@ def _look(run: RunConfig, hardware: Hardware, world: int, rank: int) -> Look:
         mesh = make_mesh(run.parallel, run.model.moe.num_experts if run.model.moe else None)
         raw = build_model(run.model, device="meta")
         apply_expert_parallel(raw, mesh)
-        _forget_noise(raw)
         model = wrap_data_parallel(raw, mesh, _unsynchronised)
         model.train()
         pictures = torch.empty(images, run.model.in_chans, *run.model.img_size, device="meta")
@@ -175,17 +172,6 @@ def _messages(planned: Mapping[tuple[str, str], float], heard: Mapping[tuple[str
 def _unsynchronised(model: nn.Module) -> nn.Module:
     """DDP that does not look at values, of which there are none."""
     return DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False)
-
-
-def _forget_noise(model: SwinTransformer) -> None:
-    """Gate noise has no values on the meta device, nor a generator to draw them from."""
-    for layer in model.moe_layers().values():
-        layer.draw_noise = partial(_no_noise, layer)  # type: ignore[method-assign]  # of this one layer
-
-
-def _no_noise(layer: MoEMlp, num_tokens: int, device: torch.device | str) -> Tensor | None:
-    wanted = layer.training and layer.cfg.router.noise > 0
-    return torch.empty(num_tokens, layer.num_experts, device=device) if wanted else None
 
 
 def _step(
