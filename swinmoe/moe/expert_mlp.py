@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
+from swinmoe.moe import gradient_buffers
 from swinmoe.moe.activations import Activation
 from swinmoe.moe.precision import autocast_dtype
 from swinmoe.moe.types import ExpertWeights
@@ -331,13 +332,14 @@ class _WeightGradient:
 
     Safe is: exactly what autograd's own accumulation would have done, and nobody who would have seen the gradient on
     its way. So not under `autograd.grad`, `create_graph`, or tensor hooks; nor while there is no `.grad` yet, when
-    autograd takes our buffer as it is. Hooks of the accumulation node (DDP's) run after this and find `.grad` complete.
+    autograd takes our memory as it is (see `gradient_buffers`). Hooks of the accumulation node (DDP's) run after this
+    and find `.grad` complete.
     """
 
     def __init__(self, weight: Tensor, parameter: Tensor | None, creates_graph: bool) -> None:
         gradient = None if parameter is None or creates_graph else _own_gradient(parameter)
         self.in_place = gradient is not None
-        self.stack = torch.empty_like(weight, memory_format=torch.contiguous_format) if gradient is None else gradient
+        self.stack = gradient_buffers.take(weight, parameter) if gradient is None else gradient
         self.experts = self.stack.unbind()
         self.begun = [self.in_place] * len(self.experts)
 

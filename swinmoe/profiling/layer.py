@@ -196,7 +196,7 @@ class _Bench:
             return infer
 
         def train() -> None:
-            layer.zero_grad(set_to_none=False)
+            layer.zero_grad()
             with no_sync(layer):
                 with self._autocast(w):
                     y, stats = layer(x)
@@ -216,7 +216,7 @@ class _Bench:
                 dense(x)
 
         def train() -> None:
-            dense.zero_grad(set_to_none=False)
+            dense.zero_grad()
             with self._autocast(w):
                 y = dense(x)
             y.backward(slope.to(y.dtype))

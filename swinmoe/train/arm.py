@@ -152,7 +152,7 @@ class Arm:
         )
         finite = bool(torch.isfinite(norm))  # the norm is global: every rank takes the same branch
         if not finite and (not self.scale.dynamic or self.scale.value <= 1):
-            self.optimizer.zero_grad(set_to_none=False)
+            self.optimizer.zero_grad()
             raise NonFiniteLossError(self._explain_non_finite(batches))
         if finite:
             if self.scale.value != 1.0:
@@ -161,7 +161,7 @@ class Arm:
             self.optimizer.step()
             self._after_update(counted)
         self.scale.update(overflowed=not finite)
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
         self._note(counted, norm)
         self.step += 1
         self.capacity_changes = self.follower.decide(self.step, self._maximum)

@@ -4,8 +4,9 @@
 
 Every arm trains one step (forward and backward) on the same tokens, one thread a process; arms take turns in a round,
 ranks meet before each step, and a step lasts as long as its slowest rank. Balance is forced: the gate sends token t to
-expert t mod E. Tutel's layer takes part where it is installed. Rank 0 prints JSON: medians in ms, and what they are
-over the dense MLP's.
+expert t mod E. Tutel's layer takes part where it is installed. Gradients stay from step to step and are set to zero in
+it, except in the arms that say `given back`, which let them go as `optimizer.zero_grad()` does. Rank 0 prints JSON:
+medians in ms, and what they are over the dense MLP's.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from swinmoe.runtime import start_processes, stop_processes
 Step = Callable[[], None]
 
 
-def step_of(module: nn.Module, x: Tensor, slope: Tensor) -> Step:
+def step_of(module: nn.Module, x: Tensor, slope: Tensor, *, give_back: bool = False) -> Step:
     def step() -> None:
-        module.zero_grad(set_to_none=False)
+        module.zero_grad(set_to_none=give_back)
         y = module(x)
         y, stats = y if isinstance(y, tuple) else (y, None)
         loss = stats.loss if stats is not None else getattr(y, "l_aux", None)
@@ -115,12 +116,14 @@ def main() -> None:
     x.requires_grad_()
     slope = torch.randn(args.tokens, args.dim)
     dense = nn.Sequential(nn.Linear(args.dim, args.hidden), nn.GELU(), nn.Linear(args.hidden, args.dim))
-    layer = ours(args, mesh)
+    layer, padded = ours(args, mesh), ours(args, mesh, dispatcher="padded", fixed=True)
     steps = {
         "dense MLP": step_of(dense, x, slope),
         "experts alone": experts_alone(args, layer, world),
         "ragged": step_of(layer, x, slope),
-        "padded": step_of(ours(args, mesh, dispatcher="padded", fixed=True), x, slope),
+        "ragged, given back": step_of(ours(args, mesh), x, slope, give_back=True),
+        "padded": step_of(padded, x, slope),
+        "padded, given back": step_of(ours(args, mesh, dispatcher="padded", fixed=True), x, slope, give_back=True),
         "ragged, 2 chunks": step_of(ours(args, mesh, chunks=2), x, slope),
         "weights travel": step_of(ours(args, mesh, weight_group=world), x, slope),
     }

@@ -7,8 +7,9 @@
     python tests/distributed/measure_speed.py memory                                 # peaks of a layer's step
 
 Arms take turns in rounds; medians with 95 % intervals. A step is forward and backward with the layers' balance losses
-and without the optimiser; gradient buffers stay from step to step and are set to zero in it, except in the arms that
-say `fresh`, which give them back. An arm finds caches and the allocator as the arm before left them, which next to a
+and without the optimiser; gradients stay from step to step and are set to zero in it, except in the arms that say
+`given back`, which let them go as `optimizer.zero_grad()` does: PyTorch's modules then get fresh memory, our experts
+the same as before. An arm finds caches and the allocator as the arm before left them, which next to a
 library that allocates much is not as its own steps leave them: `--primed` takes that out. Tutel and FairScale take part
 where they are installed, Microsoft's model where a checkout of its repository is named. Other load on the machine
 spoils ratios too: many small products wait for each other more often than few large ones. Prints JSON, one line a
@@ -57,11 +58,11 @@ def dense_mlp(dim: int, hidden: int) -> nn.Module:
     return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
 
-def layer_step(module: nn.Module, x: Tensor, slope: Tensor, *, fresh: bool = False) -> Step:
+def layer_step(module: nn.Module, x: Tensor, slope: Tensor, *, give_back: bool = False) -> Step:
     """The output is pulled by `slope`; balance losses as they come with it."""
 
     def step() -> None:
-        module.zero_grad(set_to_none=fresh)
+        module.zero_grad(set_to_none=give_back)
         y = module(x)
         y, stats = y if isinstance(y, tuple) else (y, None)
         loss = stats.loss if stats is not None else getattr(y, "l_aux", None)
@@ -122,7 +123,7 @@ def layers(args: argparse.Namespace) -> None:
         x, slope = torch.randn(tokens, dim, requires_grad=True), torch.randn(tokens, dim)
         modules = {"dense": dense_mlp(dim, hidden), "swinmoe": ours(*shape), **peers(*shape)}
         steps = {name: layer_step(module, x, slope) for name, module in modules.items()}
-        steps |= {f"{n}, fresh": layer_step(modules[n], x, slope, fresh=True) for n in ("dense", "swinmoe")}
+        steps |= {f"{n}, given back": layer_step(modules[n], x, slope, give_back=True) for n in ("dense", "swinmoe")}
         told = {"tokens": tokens, "dim": dim, "hidden": hidden, "experts": experts, "top_k": top_k}
         told["primed"] = args.primed
         tell("layer", told, steps, args.rounds, baseline="dense", times=top_k, primed=args.primed)
@@ -131,9 +132,9 @@ def layers(args: argparse.Namespace) -> None:
 # -------------------------------------------------------------------------------------------------------- whole models
 
 
-def model_step(model: nn.Module, images: Tensor, *, fresh: bool = False) -> Step:
+def model_step(model: nn.Module, images: Tensor, *, give_back: bool = False) -> Step:
     def step() -> None:
-        model.zero_grad(set_to_none=fresh)
+        model.zero_grad(set_to_none=give_back)
         out = model(images)
         if isinstance(out, tuple) and not hasattr(out, "logits"):  # Microsoft's: logits and balance loss
             loss = out[0].square().mean() + (out[1] if torch.is_tensor(out[1]) else 0)
@@ -169,7 +170,7 @@ def models(args: argparse.Namespace) -> None:
         found |= microsoft(args.swin_repo)
     images = torch.randn(BATCH, 3, 192, 192)
     steps = {name: model_step(model.train(), images) for name, model in found.items()}
-    steps |= {f"{n}, fresh": model_step(found[n], images, fresh=True) for n in ("dense", "sparse")}
+    steps |= {f"{n}, given back": model_step(found[n], images, give_back=True) for n in ("dense", "sparse")}
     tell("model", {"batch": BATCH, "experts": 8, **SWIN}, steps, args.rounds, baseline="dense")
 
 
