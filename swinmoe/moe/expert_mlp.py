@@ -302,7 +302,12 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None =
     if bias is None:
         return torch.mm(x, weight, out=out) if out is not None else torch.mm(x, weight)
     bias = bias.to(x.dtype)
-    return torch.addmm(bias, x, weight, out=out) if out is not None else torch.addmm(bias, x, weight)
+    if x.dtype.itemsize < 4:  # there the sum has to be wider than its result
+        return torch.addmm(bias, x, weight, out=out) if out is not None else torch.addmm(bias, x, weight)
+    # `addmm` writes the bias to every row first, which the product then reads: from memory, where it is still in the
+    # cache after the product.
+    product = torch.mm(x, weight, out=out) if out is not None else torch.mm(x, weight)
+    return product.add_(bias)
 
 
 class _BiasGradient:

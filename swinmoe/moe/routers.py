@@ -24,6 +24,13 @@ from swinmoe.randomness import generator
 Device = torch.device | str | None
 
 
+def _softmax(logits: Tensor) -> Tensor:
+    """Over the last axis. On a CPU that is not vectorised for short rows, where along the columns it is."""
+    if logits.shape[-1] >= 16 or logits.device.type != "cpu" or torch.compiler.is_compiling():
+        return logits.softmax(-1)
+    return logits.t().softmax(0).t()
+
+
 class Router(nn.Module):
     """What all routers share: noise, choice, gates. A router of your own overrides `score`.
 
@@ -77,7 +84,7 @@ class Router(nn.Module):
             else:
                 logits = self.score(x.to(wide))
             noisy = logits if noise is None else logits + noise.to(logits.dtype)
-            probs = noisy.softmax(-1) if self.cfg.score == "softmax" else noisy.sigmoid()
+            probs = _softmax(noisy) if self.cfg.score == "softmax" else noisy.sigmoid()
             # The bias enters the choice and never the gate (Wang et al. 2024, eq. 3). Without it logits decide: they
             # order experts as probabilities do, and cannot tie by saturation.
             ranking = noisy if self.expert_bias is None else probs + self.expert_bias.to(probs.dtype)

@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from swinmoe.config.moe import CapacityPolicy
 from swinmoe.moe.types import DispatchPlan, ExpertRows, Queues, Routing
 
-DOT_BYTES = 2**20
-"""Size of the pieces in which rows are multiplied on a CPU."""
+PIECE_BYTES = 2**20
+"""Size of the pieces in which rows are weighed on a CPU."""
 
 
 class Dispatcher:
@@ -72,19 +72,28 @@ def _sum_choices(rows: Tensor, weights: Tensor | None, plan: DispatchPlan) -> Te
     return total
 
 
-def _row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """(n, D), (n, D) -> (n,): the product of each pair of rows.
+def _weigh(grad: Tensor, tokens: Tensor, gates: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Of outputs' gradients (T, D) what each row gets, gate·grad[token] (M, D), and what its gate gets,
+    <row, grad[token]> (M,), if `rows` (M, D) are given.
 
-    On a CPU in pieces that stay in the cache: all products at once are memory of the size of the rows, which has to be
-    mapped first, and that takes several times as long as the sum.
+    On a CPU in pieces that stay in the cache between the operators: each pass over all rows would be one over memory,
+    and what is not kept would have to be mapped first, which takes longer than the sum.
     """
-    if a.device.type != "cpu" or torch.compiler.is_compiling():
-        return (a * b).sum(-1)
-    dots = a.new_empty(len(a))
-    step = max(1, DOT_BYTES // max(1, a[:1].nbytes))
-    for some, left, right in zip(dots.split(step), a.split(step), b.split(step), strict=True):
-        torch.sum(left * right, -1, out=some)
-    return dots
+    if grad.device.type != "cpu" or torch.compiler.is_compiling():
+        by_row = grad.index_select(0, tokens)
+        slope = None if rows is None else (rows * by_row).sum(-1)
+        return by_row.mul_(gates.unsqueeze(1)), slope
+    by_row = grad.new_empty(len(tokens), grad.shape[1])
+    slope = None if rows is None else rows.new_empty(len(rows))
+    step = max(1, PIECE_BYTES // max(1, grad[:1].nbytes))
+    scratch = by_row.new_empty(step, grad.shape[1])
+    for start in range(0, len(tokens), step):
+        some = slice(start, start + step)
+        piece = torch.index_select(grad, 0, tokens[some], out=by_row[some])
+        if rows is not None and slope is not None:
+            torch.sum(torch.mul(rows[some], piece, out=scratch[: len(piece)]), -1, out=slope[some])
+        piece.mul_(gates[some].unsqueeze(1))
+    return by_row, slope
 
 
 class _TakeRows(torch.autograd.Function):
@@ -118,17 +127,15 @@ class _CombineRows(torch.autograd.Function):
         plan: DispatchPlan = ctx.plan
         if len(grad) == 0 or len(rows) == 0:
             return torch.zeros_like(rows), torch.zeros_like(gates), None
-        by_row = grad.index_select(0, _tokens(plan))
-        grad_gates = None
-        if ctx.needs_input_grad[1]:
-            slope = _row_dots(rows, by_row)  # of the loss against each row's gate
-            grad_gates = slope[plan.position]
-            if plan.kept is not None:
-                grad_gates = grad_gates * plan.kept
-        if not ctx.needs_input_grad[0]:
-            return None, grad_gates, None
+        needs_rows, needs_gates = ctx.needs_input_grad[:2]
         if plan.slots is None:
             gate_of_row = gates.reshape(-1).index_select(0, plan.row)
         else:
             gate_of_row = gates.reshape(-1).index_select(0, plan.row.clamp(min=0)) * (plan.row >= 0)
-        return by_row.mul_(gate_of_row.unsqueeze(1)), grad_gates, None
+        by_row, slope = _weigh(grad, _tokens(plan), gate_of_row, rows if needs_gates else None)
+        grad_gates = None
+        if slope is not None:
+            grad_gates = slope[plan.position]
+            if plan.kept is not None:
+                grad_gates = grad_gates * plan.kept
+        return by_row if needs_rows else None, grad_gates, None

@@ -101,7 +101,13 @@ def test_a_policy_without_slots_is_refused():
 
 
 @pytest.mark.parametrize("piece", [1, 100, 10**6])
-def test_products_of_rows_in_pieces(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "DOT_BYTES", piece)
-    a, b = torch.randn(2, 13, 5, dtype=torch.float64).unbind()
-    torch.testing.assert_close(base._row_dots(a, b), torch.einsum("nd,nd->n", a, b), atol=1e-12, rtol=0)
+def test_rows_weighed_in_pieces(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "PIECE_BYTES", piece)
+    grad, rows, gates = torch.randn(7, 5), torch.randn(13, 5), torch.randn(13)
+    tokens = torch.randint(7, (13,))
+    by_row, slope = base._weigh(grad, tokens, gates, rows)
+    want = torch.stack([gate * grad[token] for gate, token in zip(gates, tokens, strict=True)])
+    assert slope is not None
+    torch.testing.assert_close(by_row, want)
+    torch.testing.assert_close(slope, torch.einsum("nd,nd->n", rows, grad[tokens]))
+    assert base._weigh(grad, tokens, gates, None)[1] is None
