@@ -83,6 +83,18 @@ def test_additive_over_slices_of_the_hidden_width(activation, padded):
         torch.testing.assert_close(g, expected, atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [0, 1, 5, 6, 7, 8, 9, 12, 40])
+def test_products_in_shares_of_threads(rows: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(module, "SHARE_ROWS", (1, 8))
+    x, weight = torch.randn(rows + 1, 6, dtype=torch.float64)[1:], torch.randn(6, 4, dtype=torch.float64)
+    whole = torch.full((rows + 2, 4), 7.0, dtype=torch.float64)
+    module._product(x, weight, whole[1:-1])
+    torch.testing.assert_close(whole[1:-1], torch.einsum("nf,fd->nd", x, weight), atol=1e-13, rtol=0)
+    assert whole[0].eq(7).all() and whole[-1].eq(7).all()
+
+
 def test_padded_paths_agree():
     rows, w = make(Gelu())
     batched = module._batched(rows.view(3, 4, 4), w, Gelu(), 0.0)
