@@ -20,8 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from swinmoe.comm.arrangement import Arrangement
 from swinmoe.comm.failure import naming
 from swinmoe.comm.neighbours import Transfer, link_of
+from swinmoe.comm.regroup import fold, take
 from swinmoe.comm.traffic import note
 
 Group = dist.ProcessGroup | None
@@ -31,11 +33,24 @@ Group = dist.ProcessGroup | None
 class _Hop:
     """One exchange and its reverse. It keeps buffers and the pending work, and holds no reference to the graph."""
 
-    def __init__(self, ins: Sequence[int], outs: Sequence[int], group: dist.ProcessGroup, what: str) -> None:
+    def __init__(
+        self,
+        ins: Sequence[int],
+        outs: Sequence[int],
+        group: dist.ProcessGroup,
+        what: str,
+        leaving: Arrangement | None,
+        arriving: Arrangement | None,
+    ) -> None:
         self.ins, self.outs, self.group, self.what = list(ins), list(outs), group, what
-        self._flight: tuple[dist.Work | Transfer, Tensor, Tensor] | None = None
+        self.leaving, self.arriving = leaving, arriving
+        self._flight: tuple[dist.Work | Transfer, Tensor, Tensor, Arrangement | None] | None = None
 
-    def launch(self, rows: Tensor, sends: list[int], receives: list[int]) -> None:
+    def launch(self, rows: Tensor, *, back: bool = False) -> None:
+        """Send `rows` on their way, or gradients back."""
+        sends, receives, leaving, arriving = self.ins, self.outs, self.leaving, self.arriving
+        if back:
+            sends, receives, leaving, arriving = receives, sends, arriving, leaving
         me = self.group.rank()
         note("all_to_all", self.what, len(sends), (sum(sends) - sends[me]) * rows[:1].nbytes)
         # Gloo needs contiguous memory; gradients of a sum arrive expanded, with strides of zero.
@@ -45,22 +60,23 @@ class _Hop:
         with naming(self.what):
             link = link_of(self.group) if rows.device.type == "cpu" else None
             if link is not None:
-                work = link.send(rows, sends, receives)
+                work = link.send(rows, sends, receives, leaving)
             else:
+                rows = rows if leaving is None else fold(rows, leaving.change(rows.device))
                 work = dist.all_to_all_single(received, rows, receives, sends, group=self.group, async_op=True)
         assert work is not None
         # The sent rows are kept too: their memory may not be reused before the transfer is over.
-        self._flight = (work, received, rows)
+        self._flight = (work, received, rows, arriving)
 
     def land(self) -> Tensor:
         assert self._flight is not None, "wait() without a start(), or a second wait()"
-        (work, received, _), self._flight = self._flight, None
+        (work, received, _, arriving), self._flight = self._flight, None
         with naming(self.what):
             if isinstance(work, Transfer):
-                work.wait(received)
-            else:
-                work.wait()
-        return received
+                work.wait(received, arriving)
+                return received
+            work.wait()
+        return received if arriving is None else take(received, arriving.change(received.device))
 
 
 @dataclass(frozen=True)
@@ -77,7 +93,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, hop: _Hop) -> Tensor:
         ctx.hop = hop
-        hop.launch(rows, hop.ins, hop.outs)
+        hop.launch(rows)
         return rows.new_empty(0)
 
     @staticmethod
@@ -96,11 +112,20 @@ class _Wait(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         hop = ctx.hop
-        hop.launch(grad, hop.outs, hop.ins)
+        hop.launch(grad, back=True)
         return grad.new_empty(0), None
 
 
-def start(rows: Tensor, ins: Sequence[int], outs: Sequence[int], group: Group, what: str = "all-to-all") -> Pending:
+def start(
+    rows: Tensor,
+    ins: Sequence[int],
+    outs: Sequence[int],
+    group: Group,
+    what: str = "all-to-all",
+    *,
+    leaving: Arrangement | None = None,
+    arriving: Arrangement | None = None,
+) -> Pending:
     """Begin sending `rows` (N, D): the first `ins[0]` of them to rank 0 of `group`, the next `ins[1]` to rank 1, ...
 
     Every rank of the group must call it, with `ins` and `outs` that agree pairwise (`ins[d]` here = `outs[s]` there)
@@ -112,18 +137,21 @@ def start(rows: Tensor, ins: Sequence[int], outs: Sequence[int], group: Group, w
         outs: rows to receive from each rank of the group.
         group: the ranks concerned; None = this process alone.
         what: names this exchange in the error raised when it does not finish.
+        leaving: how `rows` stand here; None = in rank order.
+        arriving: how received rows shall stand; None = in rank order.
     """
     assert sum(ins) == rows.shape[0], f"{what}: {rows.shape[0]} rows, but the counts say {list(ins)}"
     if group is None:
         assert list(ins) == list(outs) == [rows.shape[0]], f"{what}: alone, every row stays: {list(ins)}, {list(outs)}"
-        return Pending(rows, None)
+        rows = rows if leaving is None else fold(rows, leaving.change(rows.device))
+        return Pending(rows if arriving is None else take(rows, arriving.change(rows.device)), None)
     assert len(ins) == len(outs) == group.size(), f"{what}: {group.size()} ranks, counts for {len(ins)}, {len(outs)}"
-    hop = _Hop(ins, outs, group, what)
+    hop = _Hop(ins, outs, group, what, leaving, arriving)
     return Pending(_Start.apply(rows, hop), hop)
 
 
 def wait(pending: Pending) -> Tensor:
-    """The received rows (sum(outs), D), ordered by sending rank.
+    """The received rows (sum(outs), D), ordered by sending rank unless `start` was told otherwise.
 
     Raises:
         CollectiveError: the exchange failed or timed out.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from swinmoe.comm.all_to_all import Group, Pending, start, wait
+from swinmoe.comm.arrangement import Arrangement, by_expert
 from swinmoe.comm.regroup import Regrouping, regroup, take
 
 
@@ -30,6 +31,10 @@ class Leg:
     outs: tuple[int, ...]
     """Rows received from each."""
     group: Group
+    leaving: Arrangement | None = None
+    """How rows stand that leave; None = by the rank they go to."""
+    arriving: Arrangement | None = None
+    """How rows stand that have arrived; None = by the rank that sent them."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Journey:
 
         pending = journey.depart(rows, what)
         pending = journey.change(pending, what)      # from leg to leg; nothing where there is one
-        arrived = journey.arrive(pending)            # ordered by the rank that sent them
+        arrived = journey.arrive(pending)            # ordered by the rank that sent them, or as arranged
 
     Between any two of these calls other work can go on, in the backward pass too.
     """
@@ -64,33 +69,43 @@ class Journey:
         legs = []
         after: Regrouping | None = None
         for leg in reversed(self.legs):
-            legs.append(Leg(None if after is None else after.inverse(), leg.outs, leg.ins, leg.group))
+            before = None if after is None else after.inverse()
+            legs.append(Leg(before, leg.outs, leg.ins, leg.group, leg.arriving, leg.leaving))
             after = leg.before
         assert after is None, "the first leg takes rows in the order they have"
         return Journey(tuple(legs))
 
 
 def _begin(rows: Tensor, leg: Leg, what: str) -> Pending:
-    return start(take(rows, leg.before), leg.ins, leg.outs, leg.group, what)
+    moved = take(rows, leg.before)
+    return start(moved, leg.ins, leg.outs, leg.group, what, leaving=leg.leaving, arriving=leg.arriving)
 
 
 def _counts(values: Tensor) -> tuple[int, ...]:
     return tuple(values.tolist())
 
 
-def direct(sent: Tensor, rank: int, group: Group) -> Journey:
+def direct(sent: Tensor, rank: int, group: Group, segments: Tensor | None = None) -> Journey:
     """One all-to-all for rows sorted by destination.
 
     Args:
         sent: M.
         rank: this rank's number in the group.
         group: the ranks concerned.
+        segments: (G, e) int64 on the host, rows that arrive from each rank for each expert: they then stand by expert.
     """
-    return Journey((Leg(None, _counts(sent[rank]), _counts(sent[:, rank]), group),))
+    arriving = None if segments is None else by_expert(segments, len(sent))
+    return Journey((Leg(None, _counts(sent[rank]), _counts(sent[:, rank]), group, arriving=arriving),))
 
 
 def two_stages(
-    sent: Tensor, rank: int, local_size: int, inner: Group, outer: Group, device: torch.device | str = "cpu"
+    sent: Tensor,
+    rank: int,
+    local_size: int,
+    inner: Group,
+    outer: Group,
+    device: torch.device | str = "cpu",
+    segments: Tensor | None = None,
 ) -> Journey:
     """2DH for rows sorted by `departure_order`. What arrives is ordered as after `direct`.
 
@@ -101,6 +116,7 @@ def two_stages(
         inner: the ranks of this node, in order.
         outer: the ranks with this local number, in the order of their nodes.
         device: where the rows are.
+        segments: as for `direct`.
     """
     nodes = len(sent) // local_size
     node, local = divmod(rank, local_size)
@@ -117,6 +133,7 @@ def two_stages(
                 _counts(collected.sum(0)),
                 _counts(by_place[:, :, node, local].sum(1)),
                 outer,
+                arriving=None if segments is None else by_expert(segments, nodes),
             ),
         )
     )

@@ -29,7 +29,7 @@ import os
 import platform
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import accumulate
@@ -40,6 +40,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from swinmoe.comm.arrangement import Arrangement
 
 SWITCH = "SWINMOE_SHARED_MEMORY"
 UNDER_WAY = 256
@@ -91,39 +93,44 @@ class Link:
         ]
         self._controls = [memoryview(file.map).cast("q") for file in files]
 
-    def send(self, rows: Tensor, sends: list[int], receives: list[int]) -> Transfer:
-        """Hand out `rows`, contiguous and in rank order of their receivers. All ranks call it in the same order."""
+    def send(self, rows: Tensor, sends: list[int], receives: list[int], leaving: Arrangement | None = None) -> Transfer:
+        """Hand out `rows`, contiguous and in rank order of their receivers or as `leaving` says. All ranks call it in
+        the same order."""
         number, self._next = self._next, self._next + 1
         size = rows[:1].nbytes
-        ends = list(accumulate(sends))
-        starts = [end - count for end, count in zip(ends, sends, strict=True)]
         receivers = [rank for rank, count in enumerate(sends) if count and size and rank != self.rank]
-        own = slice(starts[self.rank], ends[self.rank])
+        pieces = _pieces(sends, leaving)
         if receivers:
-            index = self._free_buffer(size * (ends[-1] - sends[self.rank]))
+            index = self._free_buffer(size * (sum(sends) - sends[self.rank]))
             file, plain = self._buffers[index], _bytes(rows)
-            file.at(0, size * own.start)[:] = plain[: size * own.start]
-            file.at(size * own.start, size * (ends[-1] - own.stop))[:] = plain[size * own.stop :]
+            offsets, at = [], 0
+            for rank, some in enumerate(pieces):
+                offsets.append(at)
+                for start, count in () if rank == self.rank else some:
+                    file.at(size * at, size * count)[:] = plain[size * start : size * (start + count)]
+                    at += count
             self._uses[index] = (number, receivers)
-            offsets = [start if rank < self.rank else start - sends[self.rank] for rank, start in enumerate(starts)]
             self._post(number, receivers, [index, file.fd, file.identity, file.size, size, *offsets, *sends])
-        return Transfer(self, number, rows[own], receives)
+        own = [rows[start : start + count] for start, count in pieces[self.rank]]
+        return Transfer(self, number, own, receives)
 
-    def take(self, number: int, rank: int, out: Tensor) -> None:
-        """Copy what `rank` has for this one into `out`, and say so."""
+    def take(self, number: int, rank: int, parts: list[Tensor]) -> None:
+        """Copy what `rank` has for this one into `parts`, one after another, and say so."""
         control, place = self._controls[rank], 1 + number % UNDER_WAY * self._stride
         self._wait(rank, lambda: control[place] == number)
         index, fd, identity, size, row = control[place + 1 : place + _POST]
         start, count = (control[place + _POST + part * self.size + self.rank] for part in (0, 1))
-        if (count, row) != (len(out), out[:1].nbytes):
+        expected, width = sum(map(len, parts)), parts[0][:1].nbytes
+        if (count, row) != (expected, width):
             self._give_up(
-                f"rank {rank} of the group sends {count} rows of {row} bytes, where {len(out)} of {out[:1].nbytes} "
-                "were expected"
+                f"rank {rank} of the group sends {count} rows of {row} bytes, where {expected} of {width} were expected"
             )
         file = self._seen.get((rank, index))
         if file is None or file.size < size:
             file = self._seen[rank, index] = self._open(rank, fd, identity, size)
-        _bytes(out)[:] = file.at(start * row, count * row)
+        for part in parts:
+            _bytes(part)[:] = file.at(start * row, len(part) * row)
+            start += len(part)
         self.skip(number, rank)
 
     def skip(self, number: int, rank: int) -> None:
@@ -222,20 +229,21 @@ class Transfer:
     Args:
         link: the group's.
         number: of the exchange.
-        own: rows that stay here.
+        own: rows that stay here, in pieces.
         receives: rows from each rank.
     """
 
-    def __init__(self, link: Link, number: int, own: Tensor, receives: list[int]) -> None:
+    def __init__(self, link: Link, number: int, own: list[Tensor], receives: list[int]) -> None:
         self._link, self._number, self._own, self._receives = link, number, own, receives
 
-    def wait(self, out: Tensor) -> None:
-        """Fill `out`, in rank order of the senders."""
-        for rank, part in enumerate(out.split(self._receives)):
+    def wait(self, out: Tensor, arriving: Arrangement | None = None) -> None:
+        """Fill `out`, in rank order of the senders or as `arriving` says."""
+        for rank, some in enumerate(_pieces(self._receives, arriving)):
+            parts = [out[start : start + count] for start, count in some]
             if rank == self._link.rank:
-                part.copy_(self._own)
-            elif part.numel():
-                self._link.take(self._number, rank, part)
+                _copy(self._own, parts)
+            elif self._receives[rank] and out[:1].nbytes:
+                self._link.take(self._number, rank, parts)
         self._receives = []
 
     def __del__(self) -> None:
@@ -243,6 +251,23 @@ class Transfer:
         for rank, count in enumerate(self._receives):
             if count and rank != self._link.rank:
                 self._link.skip(self._number, rank)
+
+
+def _pieces(counts: list[int], arrangement: Arrangement | None) -> Sequence[Sequence[tuple[int, int]]]:
+    """By rank, first row and number of rows of each piece."""
+    if arrangement is not None:
+        return arrangement.pieces
+    return [[(end - count, count)] if count else [] for end, count in zip(accumulate(counts), counts, strict=True)]
+
+
+def _copy(source: list[Tensor], target: list[Tensor]) -> None:
+    """Rows from pieces to pieces; on one side they are in one."""
+    if len(target) == 1:
+        source, target = source, list(target[0].split([len(part) for part in source]))
+    elif len(source) == 1:
+        source = list(source[0].split([len(part) for part in target]))
+    for part, place in zip(source, target, strict=True):
+        place.copy_(part)
 
 
 def _bytes(rows: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:

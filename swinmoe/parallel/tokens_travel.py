@@ -5,8 +5,9 @@ expert is cut into r = G/E slices of its hidden width, rank g·r + i holds slice
 expert and source (padded layout). n (G, E) is the count matrix: rows that each rank sends to each expert.
 
 Ranks hold contiguous experts, so rows sorted by global expert are sorted by destination too: unless rows are copied
-for slices, cut into chunks or sent in two stages, they leave as they are. What arrives is ordered (source, local
-expert), as `ExpertFn` wants it. The padded layout is the ragged one with every count equal to S, known in advance.
+for slices, cut into chunks or sent in two stages, they leave as they are. What arrives is put in the order (local
+expert, source), so that each expert has its rows in one piece. The padded layout is the ragged one with every count
+equal to S, known in advance.
 
 Chunks: with C > 1, rows travel in C parts, and the experts work on one while the next is on its way. A part is a run of
 the local experts where there are at least C of them (each weight is used once), otherwise a share of every expert's
@@ -50,9 +51,7 @@ class Chunk:
     rows: int
     """Rows that leave here."""
     segments: Tensor
-    """(G, e') int64 on the host: rows that arrive here from each rank for each local expert of the chunk."""
-    slots: int
-    """Padded layout: rows of each source and expert."""
+    """(1, e') int64 on the host: rows that arrive here for each local expert of the chunk."""
 
 
 @dataclass(frozen=True)
@@ -190,8 +189,8 @@ class TokensTravel:
             shares.append(share[me])
             sent = share.sum(2).repeat_interleave(self.slices, dim=1)  # (source, destination)
             segments = share[:, me // self.slices, first:last].contiguous()
-            journey = self._journey(sent, device)
-            chunks.append(Chunk(journey, journey.back(), int(sent[me].sum()), segments, int(segments[0, 0])))
+            journey = self._journey(sent, segments, device)
+            chunks.append(Chunk(journey, journey.back(), int(sent[me].sum()), segments.sum(0, keepdim=True)))
         # Blocks of rows, in the order in which they lie here: by expert, and by chunk within an expert.
         lengths = torch.stack(shares, dim=-1).view(-1)
         blocks = torch.arange(lengths.numel()).view(owners, local, self.chunks)
@@ -199,17 +198,14 @@ class TokensTravel:
         order = blocks[to].permute(2, 0, 1).reshape(-1)
         return Itinerary(regroup(lengths, order, device), tuple(chunks), by_expert)
 
-    def _journey(self, sent: Tensor, device: torch.device) -> Journey:
+    def _journey(self, sent: Tensor, segments: Tensor, device: torch.device) -> Journey:
         group = self.group
         if group.local_size is None:
-            return direct(sent, group.rank, group.group)
-        return two_stages(sent, group.rank, group.local_size, group.inner, group.outer, device)
+            return direct(sent, group.rank, group.group, segments)
+        return two_stages(sent, group.rank, group.local_size, group.inner, group.outer, device, segments)
 
 
 def _padded(arrived: Tensor, chunk: Chunk, w: ExpertWeights, fn: ExpertFn) -> Tensor:
-    """Rows (G·e·S, D) ordered (source, expert, slot) through `fn` as (e, G·S, D): an expert sees one block."""
-    sources, experts = chunk.segments.shape
-    dim = arrived.shape[1]
-    block = arrived.view(sources, experts, chunk.slots, dim).transpose(0, 1).reshape(experts, -1, dim)
-    done = fn(block, None, w)
-    return done.view(experts, sources, chunk.slots, dim).transpose(0, 1).reshape(-1, dim)
+    """Rows (e·G·S, D) ordered (expert, source, slot) through `fn` as (e, G·S, D): an expert sees one block."""
+    block = arrived.view(chunk.segments.shape[1], int(chunk.segments[0, 0]), arrived.shape[1])
+    return fn(block, None, w).view(arrived.shape)

@@ -64,8 +64,7 @@ def ours(args: argparse.Namespace, mesh: Mesh, **changes: Any) -> MoEMlp:
 
 def experts_alone(args: argparse.Namespace, layer: MoEMlp, world: int) -> Step:
     """What the layer's experts do, with the rows already there."""
-    per_source = args.tokens // args.experts
-    segments = torch.full((world, args.experts // world), per_source)
+    segments = torch.full((1, args.experts // world), args.tokens // args.experts * world)
     rows = torch.randn(int(segments.sum()), args.dim, requires_grad=True)
     slope = torch.randn_like(rows)
 

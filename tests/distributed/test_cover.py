@@ -130,15 +130,16 @@ def whole_world_in_backward() -> tuple[Any, str, Callable[..., Any]]:
     """Tutel's: the reverse exchange forgets its group. With equal splits nothing hangs and nothing complains."""
     launch = swinmoe.comm.all_to_all._Hop.launch
 
-    def forgetful(self: Any, rows: torch.Tensor, sends: list[int], receives: list[int]) -> None:
-        if torch._C._current_graph_task_id() == -1:
-            return launch(self, rows, sends, receives)
-        world, group = dist.get_world_size(), self.group
-        self.group = dist.group.WORLD
+    def forgetful(self: Any, rows: torch.Tensor, *, back: bool = False) -> None:
+        if not back:
+            return launch(self, rows)
+        world, genuine = dist.get_world_size(), dict(vars(self))
+        self.group, self.leaving, self.arriving = dist.group.WORLD, None, None
+        self.ins, self.outs = [sum(self.ins) // world] * world, [sum(self.outs) // world] * world
         try:
-            launch(self, rows, [len(rows) // world] * world, [sum(receives) // world] * world)
+            launch(self, rows, back=True)
         finally:
-            self.group = group
+            vars(self).update({name: genuine[name] for name in genuine if name != "_flight"})
 
     return swinmoe.comm.all_to_all._Hop, "launch", forgetful
 

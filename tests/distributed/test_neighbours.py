@@ -6,6 +6,7 @@ import atexit
 import os
 import random
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pool import Pool, PoolError
 from test_all_to_all import EMPTY_SENDER_4, UNEVEN_2, exchange
 
 from swinmoe.comm import all_to_all_rows, neighbours, start, wait
+from swinmoe.comm.arrangement import by_expert
 from swinmoe.errors import CollectiveError
 
 pytestmark = pytest.mark.distributed
@@ -30,6 +32,34 @@ def apart(counts: list[list[int]], groups: list[list[int]]) -> tuple[bool, bool]
 def test_over_the_network_too(pool4: Pool) -> None:
     assert pool4.run(apart, EMPTY_SENDER_4, [[0, 1, 2, 3]]) == [(True, True)] * 4
     assert pool4.run(apart, UNEVEN_2, [[0, 2], [1, 3]]) == [(True, True)] * 4
+
+
+def there_and_back(counts: list[list[list[int]]], by_network: bool) -> tuple[bool, bool]:
+    """Rows put by expert where they arrive, gone back from there, and gradients the other way: whether what arrived was
+    sorted by (expert, source), and whether all came back to its place. counts[source][receiver] is by expert."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sends = [sum(to) for to in counts[rank]]
+    receives = [sum(source[rank]) for source in counts]
+    with neighbours.switched_off() if by_network else nullcontext():
+        group = dist.new_group(list(range(world)))
+        assert (neighbours.link_of(group) is None) is by_network
+        arrangement = by_expert(torch.tensor([source[rank] for source in counts]), world)
+        owner = [expert for to in counts[rank] for expert, count in enumerate(to) for _ in range(count)]
+        rows = torch.tensor([[float(expert), rank, n] for n, expert in enumerate(owner)]).view(-1, 3).requires_grad_()
+        arrived = wait(start(rows, sends, receives, group, arriving=arrangement))
+        ordered = arrived.tolist() == sorted(arrived.tolist())
+        back = wait(start(2 * arrived, receives, sends, group, leaving=arrangement))
+        (back * rows.detach()).sum().backward()
+    assert rows.grad is not None
+    return ordered, torch.equal(back, 2 * rows) and torch.equal(rows.grad, 2 * rows.detach())
+
+
+@pytest.mark.parametrize("by_network", [False, True])
+def test_rows_stand_by_expert_and_leave_from_there(pool2: Pool, pool4: Pool, by_network: bool) -> None:
+    draw = random.Random(3)
+    for pool, world in ((pool2, 2), (pool4, 4)):
+        counts = [[[draw.choice([0, 1, 5]) for _ in range(3)] for _ in range(world)] for _ in range(world)]
+        assert pool.run(there_and_back, counts, by_network) == [(True, True)] * world
 
 
 def row(source: int, receiver: int, turn: int, number: int) -> list[float]:
