@@ -30,7 +30,7 @@ import platform
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -332,11 +332,17 @@ def switched_off() -> Iterator[None]:
             os.environ[SWITCH] = before
 
 
-def apart() -> dist.ProcessGroup:
-    """A new group of all processes whose rows go by the backend; a collective call."""
-    with switched_off():
-        found = dist.new_group()
-        assert isinstance(found, dist.ProcessGroup)
+def first_ranks(count: int, *, by_backend: bool = False) -> dist.ProcessGroup | None:
+    """A new group of the first `count` processes; None for the others. A collective call of all processes.
+
+    Args:
+        count: how many.
+        by_backend: rows go by the backend, also where processes share memory.
+    """
+    with switched_off() if by_backend else nullcontext():
+        found = dist.new_group(list(range(count)))
+        if not isinstance(found, dist.ProcessGroup) or found.rank() < 0:  # what new_group gives to who is not in it
+            return None
         link_of(found)
     return found
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from pool import Pool
 
+from swinmoe.config import ParallelConfig
+from swinmoe.parallel import make_mesh
 from swinmoe.profiling.plan import calibrate as module
 
 pytestmark = pytest.mark.distributed
@@ -20,8 +24,27 @@ def figures() -> tuple[int, float, float, list[tuple[int, float]], str, str]:
     link = found.inside
     sharing = [(s.processes, s.slowdown.value) for s in found.sharing]
     assert found.shared is not None and found.neighbours is found.shared
+    alone, everyone = found.sharing[0], found.sharing[-1]
+    assert alone.inside is alone.shared is None
+    assert everyone.inside is not None and everyone.shared is not None
+    assert found.among(everyone.processes).inside == everyone.inside
     ways = found.shared.bandwidth.source, link.bandwidth.source
     return found.processes_per_node, link.bandwidth.value, link.latency.value, sharing, *ways
+
+
+def links_of(count: int) -> tuple[Any, Any]:
+    """What calibration says of links between so many processes; the others wait."""
+    module.SIZES = (2**8, 2**16)
+    mesh = make_mesh(ParallelConfig())
+    return module._links(count, mesh, 3, torch.device("cpu"), "test")
+
+
+def test_fewer_processes_have_links_of_their_own(pool4: Pool) -> None:
+    found = pool4.run(links_of, 3)
+    assert found == [found[0]] * 4  # also who waited knows
+    inside, shared = found[0]
+    assert "all-to-all of 3 ranks over sockets" in inside.bandwidth.source and inside.bandwidth.value > 0
+    assert "all-to-all of 3 ranks through shared memory" in shared.bandwidth.source and shared.bandwidth.value > 0
 
 
 def worked() -> tuple[dict[str, float], int]:

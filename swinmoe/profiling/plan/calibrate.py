@@ -18,11 +18,11 @@ from scipy.optimize import nnls
 
 from swinmoe.comm import all_reduce_max, all_to_all_rows
 from swinmoe.comm.all_to_all import Group
-from swinmoe.comm.neighbours import apart, link_of
+from swinmoe.comm.neighbours import first_ranks, link_of
 from swinmoe.config import MoEConfig, ParallelConfig
 from swinmoe.errors import ConfigError
 from swinmoe.moe import MoEMlp
-from swinmoe.parallel import make_mesh
+from swinmoe.parallel import Mesh, make_mesh
 from swinmoe.profiling.clock import Step, take_turns
 from swinmoe.profiling.link import Sample, fit_link
 from swinmoe.profiling.plan.cost import Cost, product
@@ -97,13 +97,19 @@ def calibrate(device: torch.device, *, rounds: int = 9, say: Callable[[str], Non
     if mesh.world == 1:
         return here
     say("messages")
-    group = make_mesh(ParallelConfig(ep_size=mesh.world)).ep_group
-    link = _link(group, rounds, device, source)
-    if _shares_memory(group, device):
-        # Sums and gathers go by sockets all the same, as do rows to other hosts.
-        here, link = replace(here, shared=link), _link(apart(), rounds, device, source)
+    # On a CPU between every number of processes: with more of them than cores, who is waited for may not be running.
+    counts = range(2, mesh.world + 1) if device.type == "cpu" else (mesh.world,)
+    links = {count: _links(count, mesh, rounds, device, source) for count in counts}
+    inside, shared = links[mesh.world]
+    here = replace(here, inside=inside, between=inside, shared=shared)
+    if device.type != "cpu":
+        return here
     say("processes side by side")
-    return replace(here, inside=link, between=link, sharing=tuple(_sharing(mesh.world, rounds, device, source)))
+    sharing = []
+    for processes, slowdown in _slowdowns(mesh, rounds, source):
+        between_them = links.get(processes, (None, None))
+        sharing.append(Sharing(processes=processes, slowdown=slowdown, inside=between_them[0], shared=between_them[1]))
+    return replace(here, sharing=tuple(sharing))
 
 
 def _products(precision: str, device: torch.device) -> Iterator[_Bench]:
@@ -219,37 +225,45 @@ def _nowhere() -> Link:
     )
 
 
-def _shares_memory(group: Group, device: torch.device) -> bool:
-    return device.type == "cpu" and group is not None and link_of(group) is not None
+def _links(count: int, mesh: Mesh, rounds: int, device: torch.device, source: str) -> tuple[Link, Link | None]:
+    """Of an all-to-all among the first `count` processes, while the others wait: the link of the backend, by which sums
+    and gathers go and rows to other hosts, and that of shared memory, by which rows go where there is one."""
+    group = first_ranks(count)
+    shares = torch.tensor(float(group is not None and device.type == "cpu" and link_of(group) is not None))
+    ways = {"over sockets" if device.type == "cpu" else "by the device's library": group}
+    if all_reduce_max(shares, mesh.world_group, "asking who shares memory"):
+        ways = {"through shared memory": group, "over sockets": first_ranks(count, by_backend=True)}
+    links = {}
+    for way, members in ways.items():
+        # Who is not among them has zeros, and learns.
+        own = torch.tensor(_link(members, rounds, device), dtype=torch.float64)
+        latency, bandwidth, half, error = all_reduce_max(own, mesh.world_group, "telling of links").tolist()
+        why = f"{source}; all-to-all of {count} ranks {way}, typical error {100 * error:.0f} %"
+        links[way] = Link(
+            latency=Figure(value=latency, source=why),
+            bandwidth=Figure(value=bandwidth, source=why),
+            half_message=Figure(value=half, source=why),
+        )
+    return links[way], links.get("through shared memory")
 
 
-def _link(group: Group, rounds: int, device: torch.device, source: str) -> Link:
-    """Latency and bandwidth of an all-to-all among all ranks."""
+def _link(group: Group, rounds: int, device: torch.device) -> list[float]:
+    """Latency, bandwidth, half message and typical error of an all-to-all; zeros for who is not in the group."""
+    if group is None:
+        return [0.0] * 4
     steps: dict[str, Step] = {}
-    assert group is not None, "alone, nothing is sent"
     world = group.size()
     for size in SIZES:
         rows = torch.zeros(world, size // 4, device=device)
         steps[str(size)] = _bound(all_to_all_rows, rows, [1] * world, [1] * world, group)
     taken = take_turns(steps, rounds, group=group, device=device)
-    samples = [Sample(world - 1, size, taken[str(size)].median / 1000) for size in SIZES]
-    fitted = fit_link(samples)
-    way = "by the device's library"
-    if device.type == "cpu":
-        way = "through shared memory" if _shares_memory(group, device) else "over sockets"
-    why = f"{source}; all-to-all of {world} ranks {way}, typical error {100 * fitted.typical_error:.0f} %"
-    return Link(
-        latency=Figure(value=float(fitted.latency), source=why),
-        bandwidth=Figure(value=float(min(fitted.bandwidth, 1e18)), source=why),
-        half_message=Figure(value=float(fitted.half_message), source=why),
-    )
+    fitted = fit_link([Sample(world - 1, size, taken[str(size)].median / 1000) for size in SIZES])
+    return [fitted.latency, min(fitted.bandwidth, 1e18), fitted.half_message, fitted.typical_error]
 
 
-def _sharing(world: int, rounds: int, device: torch.device, source: str) -> Iterator[Sharing]:
+def _slowdowns(mesh: Mesh, rounds: int, source: str) -> Iterator[tuple[int, Figure]]:
     """How much slower a mix of work is on every number of processes at once; the others wait."""
-    if device.type != "cpu":
-        return
-    mesh = make_mesh(ParallelConfig())
+    device = torch.device("cpu")
     mix = [b for b in (*_products("fp32", device), *_streams(device)) if b.name in ("4608x1536x384", "norm", "copy")]
 
     def work() -> None:
@@ -257,12 +271,12 @@ def _sharing(world: int, rounds: int, device: torch.device, source: str) -> Iter
             bench.step()
 
     alone = None
-    for processes in range(1, world + 1):
+    for processes in range(1, mesh.world + 1):
         mine = work if mesh.rank < processes else (lambda: None)
         taken = take_turns({"mix": mine}, rounds, group=mesh.world_group)["mix"].ms
         median = statistics.median(taken)
         alone = median if alone is None else alone
-        yield Sharing(processes=processes, slowdown=Figure(value=median / alone, source=source))
+        yield processes, Figure(value=median / alone, source=source)
 
 
 def _machine(device: torch.device) -> str:

@@ -74,10 +74,15 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
-    """Processes that compute on one machine at the same time, and how many times slower each of them is than alone."""
+    """Processes on one machine at the same time."""
 
     processes: int
     slowdown: Figure
+    """How many times slower each of them computes than alone."""
+    inside: Link | None = None
+    """Between so many: with more processes than cores, who is waited for may not be running. None: as the machine's."""
+    shared: Link | None = None
+    """The same for rows through shared memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +160,14 @@ class Hardware:
             return value * processes / low
         high, other = above[0]
         return value + (other - value) * (processes - low) / (high - low)
+
+    def among(self, processes: int) -> Hardware:
+        """The same machine with the links that it has when so many processes share a node."""
+        known = sorted((s for s in self.sharing if s.inside is not None), key=lambda s: s.processes)
+        if not known:
+            return self
+        like = next((s for s in known if s.processes >= processes), known[-1])
+        return replace(self, inside=like.inside or self.inside, shared=like.shared)
 
     def scaled(self, name: str, factor: float, *kinds: str) -> Hardware:
         """The same machine, called `name`, `factor` times slower at `kinds` of work; without any, at all of them."""

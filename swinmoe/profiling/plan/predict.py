@@ -124,8 +124,8 @@ def spreads_of(run: RunConfig, scene: Scene, images: int) -> list[Spread]:
 
 
 def setting(run: RunConfig, hardware: Hardware, images: int) -> Setting:
-    """Micro-batch, precision and attention kernel."""
-    return Setting(images, run.train.precision, hardware.fused_attention)
+    """Micro-batch, precision, and what stays in the cache."""
+    return Setting(images, run.train.precision, hardware.fused_attention, hardware.device == "cpu")
 
 
 def predict(run: RunConfig, scene: Scene) -> Prediction:
@@ -134,10 +134,12 @@ def predict(run: RunConfig, scene: Scene) -> Prediction:
     Raises:
         ConfigError: batch or experts cannot be spread over so many ranks.
     """
-    hardware, world, precision = scene.hardware, scene.world, run.train.precision
+    world, precision = scene.world, run.train.precision
+    here = min(world, scene.hardware.processes_per_node)
+    hardware = scene.hardware.among(here)
+    scene = replace(scene, hardware=hardware)
     images = images_per_micro_batch(run, world)
     spreads = spreads_of(run, scene, images)
-    here = min(world, hardware.processes_per_node)
     forward, backward = dense_work(run, hardware, images)
     ahead, back = (hardware.seconds(cost, precision, here) for cost in (forward, backward))
     dense = ahead + back
@@ -184,15 +186,15 @@ def dense_work(run: RunConfig, hardware: Hardware, images: int) -> tuple[Cost, C
 
 
 def update_work(run: RunConfig, spreads: list[Spread], scene: Scene) -> Cost:
-    """Norm and clipping of gradients, AdamW, gradients back to zero; a moving average where there is one.
+    """Norm and clipping of gradients, AdamW; a moving average where there is one.
 
     AdamW reads parameter, gradient and both moments and writes all but the gradient: 7 passes; the norm 1, clipping 2,
-    zeroing 1, the average 3.
+    the average 3.
     """
     _, _, trained = params_here(run.model, spreads)
     shard = scene.world if run.parallel.zero or run.parallel.shard_dense else 1
     wide = 8 if run.train.precision == "fp64" else 4
-    passes = 7 / shard + 4 + (3 if run.train.ema_decay is not None else 0)
+    passes = 7 / shard + 3 + (3 if run.train.ema_decay is not None else 0)
     return Cost(update=passes * wide * trained, calls=40)
 
 

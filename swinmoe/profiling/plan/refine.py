@@ -73,9 +73,22 @@ def _scaled(hardware: Hardware, factors: dict[str, float], steps: int) -> Hardwa
             hardware = hardware.scaled(hardware.name, factors[name], *here)
     calls, latency, bandwidth = (factors.get(name, 1.0) for name in ("calls", "latency", "bandwidth"))
     call = Figure(value=hardware.call.value * calls, source=hardware.call.source + why * (calls != 1))
-    inside, between = (_scaled_link(link, latency, bandwidth, why) for link in (hardware.inside, hardware.between))
-    shared = None if hardware.shared is None else _scaled_link(hardware.shared, latency, bandwidth, why)
-    return replace(hardware, call=call, inside=inside, between=between, shared=shared)
+
+    def link(known: Link) -> Link:
+        return _scaled_link(known, latency, bandwidth, why)
+
+    def maybe(known: Link | None) -> Link | None:
+        return None if known is None else link(known)
+
+    sharing = tuple(replace(s, inside=maybe(s.inside), shared=maybe(s.shared)) for s in hardware.sharing)
+    return replace(
+        hardware,
+        call=call,
+        sharing=sharing,
+        inside=link(hardware.inside),
+        between=link(hardware.between),
+        shared=maybe(hardware.shared),
+    )
 
 
 def _scaled_link(link: Link, latency: float, bandwidth: float, why: str) -> Link:

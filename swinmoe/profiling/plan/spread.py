@@ -7,7 +7,7 @@ busiest rank over the mean.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log, sqrt
 
 from swinmoe.config import MoEConfig, ParallelConfig
@@ -125,7 +125,8 @@ class Spread:
         own = choices * layer.dim * self.at.narrow
         laid = self.rows * layer.dim * self.at.narrow
         forward = Cost(rows=2 * laid + (4 if layer.top_k == 1 else 5) * own, calls=8)
-        backward = Cost(rows=7 * laid + 2 * own, calls=12)
+        # weighed a piece at a time, where the pieces stay in the cache: gradients and rows in, gradients out
+        backward = Cost(rows=(4 if self.at.experts_in_blocks else 7) * laid + 2 * own, calls=12)
         if self.parallel.token_group > 1 and (self.parallel.chunks > 1 or self.slices > 1):
             changed = Cost(rows=4 * self.volume, calls=4)
             forward, backward = forward + changed, backward + changed
@@ -148,8 +149,14 @@ class Spread:
         pre = rows * first * at.narrow
         forward += Cost(activation=2 * pre, calls=1)
         backward += Cost(activation=3 * pre, copy=rows * (first + layer.dim) * at.narrow, calls=3)
-        # gradients of weights are added to what is there by the product itself: read once more
-        backward += Cost(products=at.wide * size)
+        if at.experts_in_blocks:
+            # What products find in the cache does not move: hidden units forward, their gradients and those of outputs
+            # backward. Inside one node of the graph an operator costs a third of one that autograd records.
+            found = (hidden, layer.dim + hidden + 2 * first)
+            forward, backward = (
+                replace(cost, products=cost.products - rows * width * at.narrow, calls=cost.calls / 3)
+                for cost, width in zip((forward, backward), found, strict=True)
+            )
         if at.narrow != at.wide:
             cast = Cost(copy=(at.wide + at.narrow) * size, calls=2)
             forward, backward = forward + cast, backward + cast

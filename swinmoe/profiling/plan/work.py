@@ -65,6 +65,8 @@ class Setting:
     """b."""
     precision: str = "fp32"
     fused_attention: bool = False
+    experts_in_blocks: bool = False
+    """Expert layers work piece by piece, and what they do with a piece finds it in the cache: on a CPU."""
 
     @property
     def wide(self) -> int:

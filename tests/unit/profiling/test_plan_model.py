@@ -109,6 +109,23 @@ def test_sharing_is_linear_between_figures_and_even_beyond() -> None:
     assert [hardware.slowdown(n) for n in (1, 2, 3, 6)] == [1.0, 1.5, 2.0, 4.0]
 
 
+def test_links_are_those_of_as_many_processes_or_of_the_next_known_number() -> None:
+    hardware = load_hardware("cpu")
+    slow = hardware.inside.latency.value
+
+    def link(times: float) -> Link:
+        return replace(hardware.inside, latency=Figure(value=slow * times, source="test"))
+
+    one = Figure(value=1.0, source="test")
+    figures = [Sharing(processes=1, slowdown=one)]
+    figures += [Sharing(processes=n, slowdown=one, inside=link(n), shared=link(n / 2)) for n in (2, 4)]
+    known = replace(hardware, sharing=tuple(figures))
+    found = [known.among(n) for n in (1, 2, 3, 4, 8)]
+    assert [round(h.inside.latency.value / slow) for h in found] == [2, 2, 4, 4, 4]
+    assert [round(h.neighbours.latency.value / slow) for h in found] == [1, 1, 2, 2, 2]
+    assert hardware.among(2) == hardware
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
