@@ -113,8 +113,9 @@ class ExpertWeights:
 
 ExpertFn = Callable[[Tensor, "Tensor | None", ExpertWeights], Tensor]
 """(rows, segments, weights) -> rows. Ragged: rows (N, D) ordered (source, local expert) and segments (S, e) int64 on
-the host; padded: rows (e, n, D) and None. Pure; additive over slices of F; any e >= 1 and any empty segment; every
-weight takes part in the graph whatever the counts are, so that all ranks build one graph and get every gradient."""
+the host, from our exchange with S = 1; padded: rows (e, n, D) and None. Pure; additive over slices of F; any e >= 1 and
+any empty segment; every weight takes part in the graph whatever the counts are, so that all ranks build one graph and
+get every gradient."""
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,9 @@ def calibrate(device: torch.device, *, rounds: int = 9, say: Callable[[str], Non
     if mesh.world == 1:
         return here
     say("messages")
-    # On a CPU between every number of processes: with more of them than cores, who is waited for may not be running.
-    counts = range(2, mesh.world + 1) if device.type == "cpu" else (mesh.world,)
+    # On a CPU between 2, 4, 8, ... of them too: with more processes than cores, who is waited for may not be running.
+    doubled = [2**n for n in range(1, mesh.world.bit_length()) if 2**n < mesh.world] if device.type == "cpu" else []
+    counts = (*doubled, mesh.world)
     links = {count: _links(count, mesh, rounds, device, source) for count in counts}
     inside, shared = links[mesh.world]
     here = replace(here, inside=inside, between=inside, shared=shared)
