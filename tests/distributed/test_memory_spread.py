@@ -67,19 +67,28 @@ def test_training_is_that_of_one_process(
 
 
 def bytes_held(spread: Spread) -> dict[str, int]:
-    """Of this rank, after two steps, by what it is."""
+    """Of this rank, after two steps, by what it is; of gradients, when the step gives them back."""
     arm, stream = spreads.start(spread, 4)
-    spreads.go_on(arm, stream, 2)
+    gradients: dict[nn.Parameter, int] = {}
+    give_back = arm.optimizer.zero_grad
+
+    def count_and_give_back() -> None:
+        gradients.update({p: local_part(p.grad).nbytes for p in arm.raw.parameters() if p.grad is not None})
+        give_back()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arm.optimizer, "zero_grad", count_and_give_back)
+        spreads.go_on(arm, stream, 2)
     held = dict.fromkeys(("dense", "dense gradients", "dense moments", "expert moments"), 0)
     for parameter in arm.raw.parameters():
-        assert parameter.grad is not None
+        assert parameter.grad is None, "the step gives gradients back"
         kind = "expert" if is_expert_parameter(parameter) else "dense"
         state = arm.optimizer.state[parameter]
         assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
         held[f"{kind} moments"] += sum(local_part(state[k]).nbytes for k in state if not state[k].is_meta)
         if kind == "dense":
             held["dense"] += local_part(parameter).nbytes
-            held["dense gradients"] += local_part(parameter.grad).nbytes
+            held["dense gradients"] += gradients[parameter]
     return held
 
 
