@@ -148,10 +148,11 @@ def test_told_to_stop_all_ranks_save(checkout: Path, script: str, number: signal
 
 
 def test_slurm_hands_on_its_machines_and_the_command(checkout: Path, tmp_path: Path) -> None:
-    """With stand-ins for Slurm's commands: no cluster is here."""
+    """With stand-ins for Slurm's commands: no cluster is here. Its names are more than a pipe holds, so that a reader
+    which leaves after the first breaks it every time."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name, script in {"scontrol": "echo node7; echo node8", "srun": 'printf "%s\\n" "$@"'}.items():
+    for name, script in {"scontrol": "echo node7; seq -f node%g 8 20000", "srun": 'printf "%s\\n" "$@"'}.items():
         (tools / name).write_text(f"#!/bin/sh\n{script}\n")
         (tools / name).chmod(0o755)
     (checkout / "launch" / "slurm.sbatch").chmod(0o755)  # sbatch reads it; here it runs
