@@ -15,6 +15,7 @@ The paths for GPUs were never run on one: the second is tested on CPU, where the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -228,7 +229,7 @@ class _BlockedMlp(torch.autograd.Function):
     ) -> Tensor:
         out = rows.new_empty(len(rows), fc2.shape[1])
         saved: list[Tensor] = []
-        weights, pieces = _views(fc1, b1, fc2, b2), _pieces(blocks, rows, out)
+        weights, pieces = _views(fc1.transpose(1, 2), b1, fc2.transpose(1, 2), b2), _pieces(blocks, rows, out)
         for block, (x, y) in zip(blocks, pieces, strict=True):
             w1, c1, w2, c2 = weights[block.expert]
             pre = _affine(x, w1, c1)
@@ -257,14 +258,18 @@ class _BlockedMlp(torch.autograd.Function):
 def _blocked_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     rows, fc1, fc2, keep, *saved = ctx.saved_tensors
     needs_rows, needs_fc1, needs_b1, needs_fc2, needs_b2 = ctx.needs_input_grad[:5]
-    grad_rows = torch.empty_like(rows) if needs_rows else None
+    # Products of several threads may spill over into the next block's rows, if that one is yet to be written.
+    spare = torch.get_num_threads() - 1
+    spill = spare if _follow_each_other(ctx.blocks) else 0
+    grad_rows = rows.new_empty(len(rows) + spare, rows.shape[1])[: len(rows)] if needs_rows else None
     grad_fc1 = _WeightGradient(fc1, ctx.parameters[0], ctx.creates_graph) if needs_fc1 else None
     grad_fc2 = _WeightGradient(fc2, ctx.parameters[1], ctx.creates_graph) if needs_fc2 else None
     grad_b1 = _BiasGradient(fc1.shape[:2], ctx.bias_dtypes[0], grad) if needs_b1 else None
     grad_b2 = _BiasGradient(fc2.shape[:2], ctx.bias_dtypes[1], grad) if needs_b2 else None
     # To compute hidden units again instead of keeping them was measured: 2 to 4 % slower steps of layer and model.
     # One buffer for all blocks stays in the cache, where a fresh one each would be touched for the first time.
-    scratch = grad.new_empty(max((stop - start for _, start, stop in ctx.blocks), default=0), fc2.shape[2])
+    longest = max((stop - start for _, start, stop in ctx.blocks), default=0)
+    scratch = grad.new_empty(longest + spare, fc2.shape[2])
     weights, pieces = _views(fc1, None, fc2, None), _pieces(ctx.blocks, rows, grad, grad_rows)
     for block, pre, hidden, (x, grad_out, grad_x) in zip(ctx.blocks, saved[::2], saved[1::2], pieces, strict=True):
         expert = block.expert
@@ -273,7 +278,7 @@ def _blocked_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             grad_b2.add(expert, grad_out)
         if grad_fc2 is not None:
             grad_fc2.add(expert, grad_out, hidden)
-        grad_hidden = torch.mm(grad_out, w2.to(grad_out.dtype), out=scratch[: len(x)])
+        grad_hidden = torch.mm(grad_out, _as(w2, grad_out.dtype), out=scratch[: len(x)])
         kept = _kept(keep, block, x.dtype)
         if kept is not None:
             grad_hidden.mul_(kept).mul_(ctx.scale)
@@ -283,7 +288,7 @@ def _blocked_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if grad_fc1 is not None:
             grad_fc1.add(expert, grad_pre, x)
         if grad_x is not None:
-            _product(grad_pre, w1.to(grad_pre.dtype), grad_x)
+            _product(grad_pre, _as(w1, grad_pre.dtype), grad_x, spill)
     found = [None if g is None else g.result() for g in (grad_fc1, grad_b1, grad_fc2, grad_b2)]
     return grad_rows, *found, None, None, None, None, None
 
@@ -296,15 +301,27 @@ def _views(*stacks: Tensor | None) -> list[tuple[Any, ...]]:
 
 def _pieces(blocks: list[Block], *tensors: Tensor | None) -> list[tuple[Any, ...]]:
     """By block, its rows of each tensor."""
+    if _follow_each_other(blocks):  # one call instead of one for each block
+        sizes = [stop - start for _, start, stop in blocks]
+        split = [[None] * len(blocks) if t is None else t.split(sizes) for t in tensors]
+        return list(zip(*split, strict=True))
     return [tuple(None if t is None else t[start:stop] for t in tensors) for _, start, stop in blocks]
 
 
+def _follow_each_other(blocks: list[Block]) -> bool:
+    return all(this.stop == after.start for this, after in pairwise(blocks))
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)  # even a conversion to the same dtype takes a microsecond
+
+
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b in the dtype of `x`, without gradients."""
-    weight = weight.to(x.dtype).t()
+    """x W + b in the dtype of `x`, without gradients."""
+    weight = _as(weight, x.dtype)
     if bias is None:
         return torch.mm(x, weight, out=out) if out is not None else torch.mm(x, weight)
-    bias = bias.to(x.dtype)
+    bias = _as(bias, x.dtype)
     if x.dtype.itemsize < 4:  # there the sum has to be wider than its result
         return torch.addmm(bias, x, weight, out=out) if out is not None else torch.addmm(bias, x, weight)
     # `addmm` writes the bias to every row first, which the product then reads: from memory, where it is still in the
@@ -313,27 +330,35 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None =
     return product.add_(bias)
 
 
-def _product(x: Tensor, weight: Tensor, out: Tensor) -> None:
+def _product(x: Tensor, weight: Tensor, out: Tensor, spare: int) -> None:
     """(n, F), (F, D) -> (n, D), without gradients; F is the longer one.
 
     With few rows, threads that share such a product wait for each other. As a batch of products of one weight, with a
     share of the rows for each thread, it takes a sixth less (2 threads, float32, 144 to 288 rows; as long from 576 on).
+    Shares are equal: where rows cannot be cut so, the last share is filled up with what lies behind them in memory.
+
+    Args:
+        x, weight: factors.
+        out: (n, D), contiguous.
+        spare: rows behind `out` that may be written, with arbitrary values.
     """
     rows, dim = out.shape
     parts = torch.get_num_threads()
-    step = rows // parts
-    if parts == 1 or not SHARE_ROWS[0] <= step <= SHARE_ROWS[1] or x.dtype.itemsize < 4 or not x.is_contiguous():
+    share = -(-rows // parts)
+    more = share * parts - rows
+    small = parts > 1 and SHARE_ROWS[0] <= rows // parts <= SHARE_ROWS[1]
+    if not small or x.dtype.itemsize < 4 or not x.is_contiguous() or more > min(spare, _rows_behind(x)):
         torch.mm(x, weight, out=out)
         return
-    share = rows - step * (parts - 1)
-    batch, shares = weight.expand(parts, *weight.shape), (parts, share, x.shape[1])
-    if share == step:
-        torch.bmm(x.view(shares), batch, out=out.view(parts, share, dim))
-        return
-    # Shares are equal, and where rows cannot be, they overlap; what is written may not, so it goes through a copy.
-    some = torch.bmm(x.as_strided(shares, (step * x.shape[1], x.shape[1], 1)), batch)
-    for first, part in zip(range(0, rows, step), some, strict=False):
-        out[first : first + share] = part
+    shares = x.as_strided((parts, share, x.shape[1]), (share * x.shape[1], x.shape[1], 1))
+    products = out.as_strided((parts, share, dim), (share * dim, dim, 1))
+    torch.bmm(shares, weight.expand(parts, *weight.shape), out=products)
+
+
+def _rows_behind(x: Tensor) -> int:
+    """Rows that the memory of a contiguous (n, F) could still hold behind its last."""
+    end = (x.storage_offset() + x.numel()) * x.element_size()
+    return int(x.untyped_storage().nbytes() - end) // max(1, x[:1].nbytes)
 
 
 class _BiasGradient:

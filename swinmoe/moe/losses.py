@@ -94,7 +94,9 @@ def losses_from_sums(names: Iterable[str], sums: Tensor, num_experts: int) -> di
     """Each loss (0-dim, unweighted) from `batch_sums` of the whole batch."""
     names = tuple(names)
     sizes = [1 if term in ("tokens", "z") else num_experts for term in _terms(names)]
-    total = dict(zip(_terms(names), sums.split(sizes), strict=True))
+    parts = zip(_terms(names), sums.split(sizes), strict=True)
+    # What only counts has no gradient, but is in one vector with what has.
+    total = {term: part.detach() if term in ("tokens", "top1") else part for term, part in parts}
     return {name: _loss(name, total, num_experts) for name in names}
 
 
@@ -123,7 +125,7 @@ def gshard(probs: Tensor, top1: Tensor, tokens: Tensor) -> Tensor:
         top1: (E,) counts of first choices, without a gradient.
         tokens: () T.
     """
-    return len(probs) * (probs * top1).sum() / tokens.clamp(min=1).square()
+    return torch.dot(probs, top1) * (len(probs) / tokens.clamp(min=1).square())
 
 
 def squared_cv(values: Tensor) -> Tensor:
@@ -138,7 +140,5 @@ def squared_cv(values: Tensor) -> Tensor:
 
 def weighted(cfg: BalanceLossConfig, losses: dict[str, Tensor], like: Tensor) -> Tensor:
     """() sum of the losses by their weights; 0 without a gradient if there are none."""
-    total = like.new_zeros(())
-    for name, loss in losses.items():
-        total = total + getattr(cfg, name) * loss
-    return total
+    shares = [getattr(cfg, name) * loss for name, loss in losses.items()]
+    return torch.stack(shares).sum() if len(shares) > 1 else shares[0] if shares else like.new_zeros(())

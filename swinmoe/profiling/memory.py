@@ -58,7 +58,7 @@ class MemoryTracker(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         kind = "dispatch" if phases.current() in _DISPATCH else "activations"
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:  # sparse ones are made of such
                 self._see(leaf, kind)
         return result
 

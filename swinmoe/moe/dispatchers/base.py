@@ -8,17 +8,16 @@ other way round along the same plan, where autograd would scatter with atomics o
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from swinmoe.config.moe import CapacityPolicy
 from swinmoe.moe.types import DispatchPlan, ExpertRows, Queues, Routing
-
-PIECE_BYTES = 2**20
-"""Size of the pieces in which rows are weighed on a CPU."""
 
 
 class Dispatcher:
@@ -56,6 +55,13 @@ def _tokens(plan: DispatchPlan) -> Tensor:
     return filled if top_k == 1 else filled // top_k
 
 
+def _has_kernels(x: Tensor) -> bool:
+    """Whether embedding bags and sampled products are the faster way: each is one pass over memory, where the plain
+    operators take two or three. They are kernels of the CPU, for values in memory and of this dtype."""
+    on_cpu = x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+    return on_cpu and x.dtype == torch.float32
+
+
 def _sum_choices(rows: Tensor, weights: Tensor | None, plan: DispatchPlan) -> Tensor:
     """(M, D) -> (T, D): Σ_k weight_tk·row_tk; without weights kept choices count 1."""
     num_tokens, top_k = plan.position.shape
@@ -63,6 +69,9 @@ def _sum_choices(rows: Tensor, weights: Tensor | None, plan: DispatchPlan) -> Te
         return rows.new_zeros(num_tokens, rows.shape[1])
     if plan.kept is not None:
         weights = plan.kept.to(rows.dtype) if weights is None else weights * plan.kept
+    if _has_kernels(rows) and (weights is not None or top_k > 1):
+        weights = None if weights is None else weights.detach()
+        return F.embedding_bag(plan.position, rows.detach(), mode="sum", per_sample_weights=weights)
     total = rows.index_select(0, plan.position[:, 0])
     if weights is not None:
         total *= weights[:, :1]
@@ -72,28 +81,42 @@ def _sum_choices(rows: Tensor, weights: Tensor | None, plan: DispatchPlan) -> Te
     return total
 
 
-def _weigh(grad: Tensor, tokens: Tensor, gates: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Of outputs' gradients (T, D) what each row gets, gate·grad[token] (M, D), and what its gate gets,
-    <row, grad[token]> (M,), if `rows` (M, D) are given.
+def _weigh(grad: Tensor, gates: Tensor, plan: DispatchPlan) -> Tensor:
+    """Of outputs' gradients (T, D) what each row gets: gate·grad[token] (M, D), 0 for empty rows."""
+    weights = gates.reshape(-1)
+    if plan.slots is None:
+        weights = weights.index_select(0, plan.row)
+    else:
+        weights = weights.index_select(0, plan.row.clamp(min=0)) * (plan.row >= 0)
+    weights = weights.unsqueeze(1)
+    if _has_kernels(grad):
+        return F.embedding_bag(_tokens(plan).unsqueeze(1), grad, mode="sum", per_sample_weights=weights)
+    return grad.index_select(0, _tokens(plan)).mul_(weights)
 
-    On a CPU in pieces that stay in the cache between the operators: each pass over all rows would be one over memory,
-    and what is not kept would have to be mapped first, which takes longer than the sum.
-    """
-    if grad.device.type != "cpu" or torch.compiler.is_compiling():
-        by_row = grad.index_select(0, tokens)
-        slope = None if rows is None else (rows * by_row).sum(-1)
-        return by_row.mul_(gates.unsqueeze(1)), slope
-    by_row = grad.new_empty(len(tokens), grad.shape[1])
-    slope = None if rows is None else rows.new_empty(len(rows))
-    step = max(1, PIECE_BYTES // max(1, grad[:1].nbytes))
-    scratch = by_row.new_empty(step, grad.shape[1])
-    for start in range(0, len(tokens), step):
-        some = slice(start, start + step)
-        piece = torch.index_select(grad, 0, tokens[some], out=by_row[some])
-        if rows is not None and slope is not None:
-            torch.sum(torch.mul(rows[some], piece, out=scratch[: len(piece)]), -1, out=slope[some])
-        piece.mul_(gates[some].unsqueeze(1))
-    return by_row, slope
+
+def _slopes(grad: Tensor, rows: Tensor, plan: DispatchPlan) -> Tensor:
+    """Of outputs' gradients (T, D) what each gate gets: <row, grad> (T, K), 0 for dropped choices."""
+    num_tokens, top_k = plan.position.shape
+    if _has_kernels(grad) and _has_kernels(rows):
+        # The places of a T x M matrix of which these products are all that is wanted.
+        starts = torch.arange(0, plan.position.numel() + 1, top_k, device=grad.device)
+        places = _sparse(starts, plan.position.reshape(-1), grad.new_zeros(plan.position.numel()), len(rows))
+        products: Tensor = torch.sparse.sampled_addmm(places, grad, rows.t(), beta=0.0)
+        slopes = products.values().view(num_tokens, top_k)
+    else:
+        by_row = grad.index_select(0, _tokens(plan))
+        slopes = (rows * by_row).sum(-1)[plan.position]
+    return slopes if plan.kept is None else slopes * plan.kept
+
+
+def _sparse(starts: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
+    """Compressed sparse rows; the indices are right, so nobody looks at them."""
+    return torch.sparse_csr_tensor(starts, columns, values, (len(starts) - 1, width), check_invariants=False)
+
+
+with warnings.catch_warnings():  # torch remarks once a process that this layout may change
+    warnings.simplefilter("ignore")
+    _sparse(torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0), 0)
 
 
 class _TakeRows(torch.autograd.Function):
@@ -128,14 +151,6 @@ class _CombineRows(torch.autograd.Function):
         if len(grad) == 0 or len(rows) == 0:
             return torch.zeros_like(rows), torch.zeros_like(gates), None
         needs_rows, needs_gates = ctx.needs_input_grad[:2]
-        if plan.slots is None:
-            gate_of_row = gates.reshape(-1).index_select(0, plan.row)
-        else:
-            gate_of_row = gates.reshape(-1).index_select(0, plan.row.clamp(min=0)) * (plan.row >= 0)
-        by_row, slope = _weigh(grad, _tokens(plan), gate_of_row, rows if needs_gates else None)
-        grad_gates = None
-        if slope is not None:
-            grad_gates = slope[plan.position]
-            if plan.kept is not None:
-                grad_gates = grad_gates * plan.kept
-        return by_row if needs_rows else None, grad_gates, None
+        grad = grad.contiguous()
+        grad_rows = _weigh(grad, gates, plan) if needs_rows else None
+        return grad_rows, _slopes(grad, rows, plan) if needs_gates else None, None

@@ -1,5 +1,8 @@
 """Queues, capacity and plans, small enough to check by hand."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -100,14 +103,40 @@ def test_a_policy_without_slots_is_refused():
         require_slots(CapacityPolicy(kind="fixed", factor=0.5, min_slots=0), 4, 8, 1)
 
 
-@pytest.mark.parametrize("piece", [1, 100, 10**6])
-def test_rows_weighed_in_pieces(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "PIECE_BYTES", piece)
-    grad, rows, gates = torch.randn(7, 5), torch.randn(13, 5), torch.randn(13)
-    tokens = torch.randint(7, (13,))
-    by_row, slope = base._weigh(grad, tokens, gates, rows)
-    want = torch.stack([gate * grad[token] for gate, token in zip(gates, tokens, strict=True)])
-    assert slope is not None
-    torch.testing.assert_close(by_row, want)
-    torch.testing.assert_close(slope, torch.einsum("nd,nd->n", rows, grad[tokens]))
-    assert base._weigh(grad, tokens, gates, None)[1] is None
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize(("limit", "slots"), [(None, None), (2, None), (2, 2)])
+@pytest.mark.parametrize("spread", [False, True])
+def test_kernels_of_the_cpu_say_what_the_plain_operators_say(
+    top_k: int, limit: int | None, slots: int | None, spread: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows, sums and all gradients, with dropped choices and empty rows; `spread`: a gradient of stride 0."""
+    gen = torch.Generator().manual_seed(top_k)
+    ids = torch.stack([torch.randperm(4, generator=gen)[:top_k] for _ in range(7)])
+    gates = torch.rand(7, top_k, generator=gen)
+    decided = Routing(ids, gates, *(torch.zeros(7, 4) for _ in range(3)), 0.0)
+    queues = queue(decided, 4, limit)
+    layout = plan(decided, queues, rows=int(queues.counts.sum()), slots=slots)
+    x, slope = torch.randn(7, 5, generator=gen), torch.randn(7, 5, generator=gen)
+    found = []
+    for kernels in (True, False):
+        if not kernels:
+            monkeypatch.setattr(base, "_has_kernels", lambda _: False)
+        leaves = [x.clone().requires_grad_(), gates.clone().requires_grad_()]
+        rows = base.take_rows(leaves[0], layout)
+        rows.retain_grad()
+        y = base.combine_rows(rows, leaves[1], layout)
+        (y.sum() if spread else (y * slope).sum()).backward()
+        found.append([rows, y, rows.grad, *(leaf.grad for leaf in leaves)])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)
+        assert plain.abs().sum() > 0
+
+
+def test_sparse_places_are_made_in_silence() -> None:
+    """Torch's remark comes once a process: this one must have had it before a user's first step."""
+    code = (
+        "import warnings; import swinmoe.moe; warnings.simplefilter('error'); from swinmoe.moe.dispatchers import base"
+    )
+    code += "; import torch; base._sparse(torch.arange(2), torch.zeros(1, dtype=torch.int64), torch.zeros(1), 1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -84,15 +84,53 @@ def test_additive_over_slices_of_the_hidden_width(activation, padded):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@pytest.mark.parametrize("behind", [0, 1, 3])
 @pytest.mark.parametrize("rows", [0, 1, 5, 6, 7, 8, 9, 12, 40])
-def test_products_in_shares_of_threads(rows: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_in_shares_of_threads(rows: int, behind: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written but the rows and those behind them, whose own contents reach no other row."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(module, "SHARE_ROWS", (1, 8))
-    x, weight = torch.randn(rows + 1, 6, dtype=torch.float64)[1:], torch.randn(6, 4, dtype=torch.float64)
-    whole = torch.full((rows + 2, 4), 7.0, dtype=torch.float64)
-    module._product(x, weight, whole[1:-1])
-    torch.testing.assert_close(whole[1:-1], torch.einsum("nf,fd->nd", x, weight), atol=1e-13, rtol=0)
+    weight, memory = torch.randn(6, 4, dtype=torch.float64), torch.randn(rows + 1 + behind, 6, dtype=torch.float64)
+    memory[rows + 1 :] = torch.nan
+    x = memory[1 : rows + 1]
+    whole = torch.full((rows + 2 + behind, 4), 7.0, dtype=torch.float64)
+    module._product(x, weight, whole[1 : rows + 1], spare=behind)
+    torch.testing.assert_close(whole[1 : rows + 1], torch.einsum("nf,fd->nd", x, weight), atol=1e-13, rtol=0)
     assert whole[0].eq(7).all() and whole[-1].eq(7).all()
+
+
+def test_rows_that_fill_no_shares_borrow_from_the_memory_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(module, "SHARE_ROWS", (1, 8))
+    calls = []
+    monkeypatch.setattr(torch, "bmm", lambda *a, **k: calls.append(a[0].shape[1]))
+    x, out = torch.randn(8, 6), torch.empty(8, 4)
+    for rows, spare in ((6, 0), (7, 1), (7, 0), (8, 1), (5, 1)):
+        module._product(x[:rows], torch.randn(6, 4), out[:rows], spare)
+    module._product(x[1:], torch.randn(6, 4), out[1:], spare=1)  # there is no memory behind these
+    assert calls == [3, 4, 4, 3]
+
+
+@pytest.mark.parametrize("counts", [[[5, 3, 7]], [[5, 3], [1, 7]], [[7, 0, 5]], [[3, 1], [0, 5], [7, 3]]])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_shares_that_spill_harm_no_other_block(
+    counts: list[list[int]], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where blocks follow each other in memory the next one overwrites what was spilt; elsewhere none may be."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(module, "SHARE_ROWS", (1, 8))
+    num_rows = sum(map(sum, counts))
+    rows = torch.randn(num_rows, 4, dtype=torch.float64, requires_grad=True)
+    e = len(counts[0])
+    shapes = ((e, 6, 4), (e, 6), (e, 4, 6), (e, 4))
+    fc1, b1, fc2, b2 = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    w, slope = ExpertWeights(fc1, b1, fc2, b2), torch.randn(num_rows, 4, dtype=torch.float64)
+    ours, plain = (
+        torch.autograd.grad((path(rows, counts, w, Gelu(), 0.0) * slope).sum(), [rows, *tensors(w)])
+        for path in (blocked_mlp, plain_mlp)
+    )
+    for g, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(g, expected, atol=1e-12, rtol=0)
 
 
 def test_padded_paths_agree():
