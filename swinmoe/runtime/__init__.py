@@ -2,6 +2,7 @@
 
 from swinmoe.runtime.accelerator import make_accelerator
 from swinmoe.runtime.agreement import UNKNOWN, agree, from_first
+from swinmoe.runtime.allocator import keep_freed_memory
 from swinmoe.runtime.environment import describe_code, describe_environment
 from swinmoe.runtime.last_words import last_word
 from swinmoe.runtime.processes import (
@@ -20,6 +21,7 @@ __all__ = [
     "describe_code",
     "describe_environment",
     "from_first",
+    "keep_freed_memory",
     "last_word",
     "launched_local_world",
     "launched_rank",

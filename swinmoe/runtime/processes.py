@@ -12,6 +12,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]  # documented,
 from torch.distributed.rendezvous import rendezvous
 
 from swinmoe.errors import DistributedError
+from swinmoe.runtime.allocator import keep_freed_memory
 
 TIMEOUT_MINUTES = 10.0
 """A collective that takes longer fails. Long enough for one rank to evaluate or save while others wait."""
@@ -56,7 +57,8 @@ def start_processes(
 ) -> bool:
     """Join the job's process group: NCCL on GPUs (gloo beside it for host tensors), gloo on CPU.
 
-    Does nothing without a launcher or when the group exists. Every process of the job must call it.
+    Without a launcher or when the group exists, it joins nobody. Every process of the job must call it. Those that stay
+    on the CPU keep the memory that they free (`keep_freed_memory`).
 
     Args:
         cpu: stay on the CPU where there is a GPU.
@@ -70,6 +72,9 @@ def start_processes(
         DistributedError: the launcher's environment is incomplete, there are fewer GPUs than processes on this
             machine, or the others cannot be reached.
     """
+    on_gpu = torch.cuda.is_available() and not cpu
+    if not on_gpu:
+        keep_freed_memory()
     world = launched_world()
     if world == 1 or dist.is_initialized():
         return False
@@ -79,7 +84,6 @@ def start_processes(
             f"WORLD_SIZE={world} but {', '.join(missing)} is not set; start several processes with launch/local.sh, "
             "torchrun or accelerate launch, or unset WORLD_SIZE for one"
         )
-    on_gpu = torch.cuda.is_available() and not cpu
     if on_gpu:
         local, gpus = _launched("LOCAL_RANK", 0), torch.cuda.device_count()
         if local >= gpus:

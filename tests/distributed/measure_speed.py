@@ -9,11 +9,11 @@
 Arms take turns in rounds; medians with 95 % intervals. A step is forward and backward with the layers' balance losses
 and without the optimiser; gradients stay from step to step and are set to zero in it, except in the arms that say
 `given back`, which let them go as `optimizer.zero_grad()` does: PyTorch's modules then get fresh memory, our experts
-the same as before. An arm finds caches and the allocator as the arm before left them, which next to a
-library that allocates much is not as its own steps leave them: `--primed` takes that out. Tutel and FairScale take part
-where they are installed, Microsoft's model where a checkout of its repository is named. Other load on the machine
-spoils ratios too: many small products wait for each other more often than few large ones. Prints JSON, one line a
-table.
+the same as before. What is freed stays with the process in all arms, as in swinmoe's own commands. An arm finds caches
+as the arm before left them, which next to a library that works through much memory is not as its own steps leave them:
+`--primed` takes that out. Tutel and FairScale take part where they are installed, Microsoft's model where a checkout of
+its repository is named. Other load on the machine spoils ratios too: many small products wait for each other more often
+than few large ones. Prints JSON, one line a table.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from swinmoe.config import MoEConfig
 from swinmoe.models import SwinTransformer, compile_blocks
 from swinmoe.moe import MoEMlp
 from swinmoe.profiling import take_turns
+from swinmoe.runtime import keep_freed_memory
 
 Step = Callable[[], Any]
 SHAPES = ((4608, 384, 1536, 8, 1), (4608, 384, 1536, 32, 1), (4608, 384, 1536, 8, 2), (1152, 768, 3072, 8, 1))
@@ -324,6 +325,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     # Tutel and FairScale want a job, if only of one process.
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
