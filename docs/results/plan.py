@@ -1,11 +1,11 @@
 """`swinmoe plan` held to account: on this machine, and on published figures.
 
-    python docs/results/plan.py run --out runs/plan                 # measures; resumable; some 15 idle minutes
+    python docs/results/plan.py run --out runs/plan                 # measures; resumable; some 30 idle minutes
     python docs/results/plan.py page --out runs/plan --page docs/results/DATE-plan.md
 
 `run` calibrates by `swinmoe plan --calibrate` on 4 processes and by `swinmoe profile model` on some configs, and
 measures others, on 1, 2 and 4 processes of one thread each. `page` scales the calibrated figures by the first and
-predicts the others, which took no part in it: the error allowed is 10 %, or twice the spread between two runs of the
+predicts the others, which took no part in it: the error allowed is 10 %, or twice the spread between three runs of the
 same measurement. Then tables 2 and 7 of the Tutel paper (`swinmoe.profiling.plan.published`), and the memory of Swin
 V2-G.
 `--quick` measures three rounds of everything once: a check that says nothing about errors.
@@ -97,7 +97,7 @@ def measure(out: Path, quick: bool) -> None:
         say(f"calibrating on {PROCESSES[-1]} processes")
         command("plan", "--calibrate", str(machine), "--processes", str(PROCESSES[-1]), "--rounds", rounds)
     for case in cases():
-        for repeat in range(1 if quick else 2):
+        for repeat in range(1 if quick else 3):
             folder = out / f"{case.name}.{repeat}"
             if not (folder / "done").exists():
                 say(folder.name)
@@ -170,7 +170,7 @@ def page(out: Path, target: Path) -> None:
         "```",
         "",
         "## On this machine",
-        "Training steps of one thread a process, balance forced, medians; spread between two runs. Configs that",
+        "Training steps of one thread a process, balance forced, medians; spread between three runs. Configs that",
         f"calibrate took part in fitting {len(factors)} factors, the others did not. Error allowed: "
         f"{100 * ALLOWED:.0f} %, or twice the spread. {sum(within)} of {len(within)} are within it.",
         "",

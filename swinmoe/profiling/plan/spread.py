@@ -124,9 +124,14 @@ class Spread:
         layer, choices = self.layer, self.at.images * self.layer.tokens * self.layer.top_k
         own = choices * layer.dim * self.at.narrow
         laid = self.rows * layer.dim * self.at.narrow
-        forward = Cost(rows=2 * laid + (4 if layer.top_k == 1 else 5) * own, calls=8)
-        # weighed a piece at a time, where the pieces stay in the cache: gradients and rows in, gradients out
-        backward = Cost(rows=(4 if self.at.experts_in_blocks else 7) * laid + 2 * own, calls=12)
+        tokens = own / layer.top_k
+        if self.at.experts_in_blocks:
+            # One pass each: choices summed; gradients weighed, multiplied by rows, and summed.
+            forward = Cost(rows=2 * laid + own + tokens, calls=8)
+            backward = Cost(rows=2 * laid + 2 * (own + tokens), calls=10)
+        else:
+            forward = Cost(rows=2 * laid + (4 if layer.top_k == 1 else 5) * own, calls=8)
+            backward = Cost(rows=7 * laid + 2 * own, calls=12)
         if self.parallel.token_group > 1 and (self.parallel.chunks > 1 or self.slices > 1):
             changed = Cost(rows=4 * self.volume, calls=4)
             forward, backward = forward + changed, backward + changed

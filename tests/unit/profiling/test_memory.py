@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from swinmoe.config import MoEConfig
+from swinmoe.config import CapacityConfig, CapacityPolicy, MoEConfig
 from swinmoe.moe import MoEMlp, phases
 from swinmoe.profiling.memory import CLASSES, MemoryTracker, peak_memory
 
@@ -85,3 +86,25 @@ def test_what_is_given_back_before_the_peak_does_not_count() -> None:
         return torch.ones(150).sum()
 
     assert peak_memory(step, nn.Identity())["peak"] == 4 * 151
+
+
+@pytest.mark.parametrize(("dispatcher", "most"), [("ragged", 4.05), ("padded", 4.05), ("gshard", 16.0)])
+def test_a_layers_memory_grows_with_its_tokens(dispatcher: str, most: float) -> None:
+    """Linearly; an einsum over a mask of tokens, experts and capacity grows with their square, which shows that the
+    test would see it."""
+    capacity = CapacityConfig(train=CapacityPolicy(kind="fixed", factor=1.25))
+    layer = MoEMlp(MoEConfig(num_experts=4, top_k=2, dispatcher=dispatcher, capacity=capacity), dim=8, hidden_dim=16)
+    peaks = []
+    for tokens in (1024, 4096):
+        x = torch.randn(tokens, 8)
+
+        def step(x: Tensor = x) -> None:
+            y, stats = layer(x)
+            torch.autograd.backward([y, stats.loss], [torch.ones_like(y), None])
+
+        step()
+        found = peak_memory(step, layer, inputs=[x])
+        peaks.append(found["activations"] + found["dispatch"])
+    growth = peaks[1] / peaks[0]
+    assert 3.5 < growth < most
+    assert growth > 8 or dispatcher != "gshard"
