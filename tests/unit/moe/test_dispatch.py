@@ -118,6 +118,7 @@ def test_kernels_of_the_cpu_say_what_the_plain_operators_say(
     layout = plan(decided, queues, rows=int(queues.counts.sum()), slots=slots)
     x, slope = torch.randn(7, 5, generator=gen), torch.randn(7, 5, generator=gen)
     found = []
+    assert base._has_kernels(x) and not base._has_kernels(x.bfloat16()), "else both ways are one"
     for kernels in (True, False):
         if not kernels:
             monkeypatch.setattr(base, "_has_kernels", lambda _: False)
@@ -134,9 +135,7 @@ def test_kernels_of_the_cpu_say_what_the_plain_operators_say(
 
 def test_sparse_places_are_made_in_silence() -> None:
     """Torch's remark comes once a process: this one must have had it before a user's first step."""
-    code = (
-        "import warnings; import swinmoe.moe; warnings.simplefilter('error'); from swinmoe.moe.dispatchers import base"
-    )
-    code += "; import torch; base._sparse(torch.arange(2), torch.zeros(1, dtype=torch.int64), torch.zeros(1), 1)"
+    code = "import warnings, torch; from swinmoe.moe.dispatchers import base; warnings.simplefilter('error')"
+    code += "; base._sparse(torch.arange(2), torch.zeros(1, dtype=torch.int64), torch.zeros(1), 1)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
