@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from swinmoe.config import StyleConfig
 from swinmoe.models.blocked_attention import blocked_attention
-from swinmoe.models.layers import linear
+from swinmoe.models.layers import linear, project
 from swinmoe.models.position import num_offsets, resize_table
 from swinmoe.models.sequential import attend_in_chunks
 from swinmoe.models.windows import WindowGrid
@@ -96,7 +96,7 @@ class WindowAttention(nn.Module):
             x = torch.roll(x, (sh, sw), (1, 2))
         if pad_h or pad_w:
             x = x[:, :height, :width]
-        return F.dropout(self.proj(x), self.drop, self.training)
+        return F.dropout(project(x, self.proj.weight, self.proj.bias), self.drop, self.training)
 
     def resize_window(self, old: Pair, new: Pair) -> None:
         """Fit a learned bias table made for window `old` to window `new`; log-spaced offsets need no edit."""
@@ -107,23 +107,26 @@ class WindowAttention(nn.Module):
 
     def _attend(self, x: Tensor, tables: WindowTables) -> Tensor:
         """Attention on a padded and shifted map."""
-        qkv = F.linear(x, self.qkv.weight, self._qkv_bias())
-        area = tables.grid.area
-        bias = self.position_bias(tables).view(self.num_heads, area, area)
+        bias, qkv_bias = self.offset_bias(tables), self._qkv_bias()
+        if self.chunks == 1 and self._blocked(x):
+            return self._attend_windows(F.linear(x, self.qkv.weight), bias, tables, qkv_bias)
+        qkv = project(x, self.qkv.weight, qkv_bias)
         if self.chunks == 1:
             return self._attend_windows(qkv, bias, tables)
         draws = self.attn_drop > 0 and self.training
         return attend_in_chunks(self._attend_windows, self.chunks, qkv, bias, tables, draws=draws)
 
-    def _attend_windows(self, qkv: Tensor, bias: Tensor, tables: WindowTables) -> Tensor:
-        """(B, H, W, 3·D) and the position bias (h, N, N) -> (B, H, W, D). Windows are cut by the same copy that splits
-        the heads."""
+    def _attend_windows(
+        self, qkv: Tensor, bias: Tensor, tables: WindowTables, qkv_bias: Tensor | None = None
+    ) -> Tensor:
+        """(B, H, W, 3·D) and the bias of offsets (h, L) -> (B, H, W, D). Windows are cut by the same copy that splits
+        the heads; `qkv_bias`: what `qkv` still lacks, for `blocked_attention` alone."""
         grid, heads = tables.grid, self.num_heads
         (rows, cols), (wh, ww) = grid.counts, grid.window
         batch, dim = qkv.shape[0], qkv.shape[-1] // 3
         if self._blocked(qkv):
             of_heads = self._scale(1).view(-1) if self.style.similarity == "cosine" else None
-            return blocked_attention(qkv, bias, of_heads, tables.mask, grid, self.mask_value)
+            return blocked_attention(qkv, qkv_bias, bias, of_heads, tables.index, tables.mask, grid, self.mask_value)
         qkv = qkv.view(batch, rows, wh, cols, ww, 3, heads, dim // heads).permute(5, 0, 1, 3, 6, 2, 4, 7)
         # Without a mask the bias differs by head only; with one, by window and head: either way axis 1 is the bias's.
         lead = (batch * grid.num_windows, heads) if tables.mask is None else (batch, grid.num_windows * heads)
@@ -134,16 +137,17 @@ class WindowAttention(nn.Module):
             scale = 1.0
         else:
             scale = (dim // heads) ** -0.5
-        y = self._weigh(q, k, v, self._hide(bias, tables.mask), scale)
+        of_pairs = bias.index_select(1, tables.index).view(heads, grid.area, grid.area)
+        y = self._weigh(q, k, v, self._hide(of_pairs, tables.mask), scale)
         y = y.view(batch, rows, cols, heads, wh, ww, dim // heads).permute(0, 1, 4, 2, 5, 3, 6)
         return y.reshape(batch, rows * wh, cols * ww, dim)
 
-    def _blocked(self, qkv: Tensor) -> bool:
-        """Whether this pass is one for `blocked_attention`."""
-        if self.attention_impl != "auto" or qkv.device.type != "cpu" or torch.compiler.is_compiling():
+    def _blocked(self, x: Tensor) -> bool:
+        """Whether a pass over `x`, or what a linear layer makes of it, is one for `blocked_attention`."""
+        if self.attention_impl != "auto" or x.device.type != "cpu" or torch.compiler.is_exporting():
             return False
-        dropped = self.attn_drop > 0 and self.training
-        return qkv.dtype in (torch.float32, torch.float64) and not dropped
+        exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
+        return exact and not (self.attn_drop > 0 and self.training)
 
     def _weigh(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
         """(b, a, N, d) three times and an additive bias (a, N, N) -> (b, a, N, d)."""
@@ -180,8 +184,8 @@ class WindowAttention(nn.Module):
             bias = torch.where(allowed, bias, bias + self.mask_value)
         return bias.flatten(0, 1)
 
-    def position_bias(self, tables: WindowTables) -> Tensor:
-        """The bias of every (query, key) pair: (h, N·N)."""
+    def offset_bias(self, tables: WindowTables) -> Tensor:
+        """The position bias of every offset: (h, L)."""
         if tables.offsets is None:
             table: Tensor = self.relative_position_bias_table
         else:
@@ -189,7 +193,7 @@ class WindowAttention(nn.Module):
             if self.style.position_bias == "log-cpb-sigmoid":
                 table = 16 * torch.sigmoid(table)
         # Heads first and contiguous: the gather's backward then adds along rows, several times faster on a CPU.
-        return table.t().contiguous().index_select(1, tables.index)
+        return table.t().contiguous()
 
 
 def _normalize(x: Tensor) -> Tensor:

@@ -1,18 +1,21 @@
 """Window attention block by block, with a backward pass of its own: the arithmetic of `WindowAttention` on a CPU.
 
 Shapes: B images, (H, W) padded map, D width, h heads of d = D/h, windows of (wh, ww), rows × cols = n windows of an
-image, N = wh·ww tokens of a window, M windows times heads of a block.
+image, N = wh·ww tokens of a window, L offsets in it, M windows times heads of a block.
 
 A score matrix is N/d times as large as its query, and ordinary autograd walks over all scores of a layer once for each
 of product, scale, bias, mask and softmax, forward and backward, each time in memory touched for the first time. Here a
-block's scores are made, finished and used while they are in the cache; queries, keys and values are cut from the map,
-and outputs put into it, on the way. Kept for the backward pass: the probabilities, and the three as they were used.
+block's scores are made, finished and used while they are in the cache. Kept for the backward pass: the probabilities,
+and queries, keys and values as they were used.
+
+A graph of `torch.compile` holds it as an operator. What inductor makes of written-out attention walks over the scores
+of a whole map several times: fused loops save some of the walks and none of the trips to memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -26,17 +29,12 @@ BLOCK_BYTES = 4 * 2**20
 _NORM_FLOOR = 1e-12
 
 
-class _Block(NamedTuple):
-    """Windows that are worked on together: whole rows of windows, of one image or of several whole ones."""
-
-    images: slice
-    rows: slice
-
-
 def blocked_attention(
     qkv: Tensor,
+    qkv_bias: Tensor | None,
     bias: Tensor,
     head_scale: Tensor | None,
+    index: Tensor,
     mask: Tensor | None,
     grid: WindowGrid,
     mask_value: float | None = None,
@@ -45,114 +43,207 @@ def blocked_attention(
 
     Args:
         qkv: (B, H, W, 3·D), laid out (3, h, d) along its last axis.
-        bias: (h, N, N) position bias.
+        qkv_bias: (3·D,) to add to it: here that takes no walk of its own.
+        bias: (h, L) position bias of each offset.
         head_scale: (h,) factors of the cosine similarity; None = dot products over √d.
+        index: (N·N,) int64, each pair's offset.
         mask: (n, N, N) bool, True = may attend; None = all may.
         grid: how the map is cut.
         mask_value: added to hidden pairs instead.
 
     Returns:
-        (B, H, W, D). Gradients of `qkv`, `bias` and `head_scale`; no second derivatives.
+        (B, H, W, D). Gradients of `qkv`, `qkv_bias`, `bias` and `head_scale`; no second derivatives.
     """
-    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (qkv, bias, head_scale))
-    out: Tensor = _BlockedAttention.apply(qkv, bias, head_scale, mask, grid, mask_value, training)
-    return out
+    wanted = (t is not None and t.requires_grad for t in (qkv, qkv_bias, bias, head_scale))
+    training = torch.is_grad_enabled() and any(wanted)
+    given = (qkv, qkv_bias, bias, head_scale, index, mask, grid.window, mask_value, training)
+    if torch.compiler.is_compiling():
+        return cast(Tensor, torch.ops.swinmoe.blocked_attention(*given)[0])
+    return cast(Tensor, _BlockedAttention.apply(*given))
 
 
-def _blocks(images: int, rows: int, bytes_per_row: int) -> Iterator[_Block]:
-    if rows * bytes_per_row <= BLOCK_BYTES:
-        step = max(1, BLOCK_BYTES // (rows * bytes_per_row))
+class _Block(NamedTuple):
+    """Windows that are worked on together: whole rows of windows, of one image or of several whole ones."""
+
+    images: slice
+    rows: slice
+    windows: slice
+    """The same among all M windows times heads."""
+
+
+def _blocks(shape: Sequence[int], heads: int, size: int) -> Iterator[_Block]:
+    """Of maps cut to (B, rows, wh, cols, ww, ...), in numbers of `size` bytes."""
+    images, rows, wh, cols, ww = shape[:5]
+    per_row = cols * heads  # windows times heads
+    of_row = per_row * (wh * ww) ** 2 * size  # bytes
+    if rows * of_row <= BLOCK_BYTES:
+        step = max(1, BLOCK_BYTES // (rows * of_row))
         for first in range(0, images, step):
-            yield _Block(slice(first, min(first + step, images)), slice(0, rows))
+            last = min(first + step, images)
+            yield _Block(slice(first, last), slice(0, rows), slice(first * rows * per_row, last * rows * per_row))
         return
-    step = max(1, BLOCK_BYTES // bytes_per_row)
+    step = max(1, BLOCK_BYTES // of_row)
     for image in range(images):
         for first in range(0, rows, step):
-            yield _Block(slice(image, image + 1), slice(first, min(first + step, rows)))
+            last = min(first + step, rows)
+            begin, end = ((image * rows + row) * per_row for row in (first, last))
+            yield _Block(slice(image, image + 1), slice(first, last), slice(begin, end))
 
 
-class _BlockedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        qkv: Tensor,
-        bias: Tensor,
-        head_scale: Tensor | None,
-        mask: Tensor | None,
-        grid: WindowGrid,
-        mask_value: float | None,
-        training: bool,
-    ) -> Tensor:
-        heads = len(bias)
-        (rows, cols), (wh, ww), area = grid.counts, grid.window, grid.area
-        images, dim = len(qkv), qkv.shape[-1] // 3
-        depth = dim // heads
-        parts = qkv.view(images, rows, wh, cols, ww, 3, heads, depth)
-        out = qkv.new_empty(images, rows, wh, cols, ww, heads, depth)
-        added = bias if mask is None else _hidden(bias, mask.view(rows, cols, area, area), mask_value)
-        blocks = list(_blocks(images, rows, cols * heads * area * area * qkv.element_size()))
-        saved: list[Tensor] = []
-        for block in blocks:
-            q, k, v = _cut(parts[block.images, block.rows])
-            norms: tuple[Tensor, ...] = ()
-            alpha = 1.0
-            if head_scale is None:
-                alpha = depth**-0.5
-            else:
-                norms = (_inverse_norm(q), _inverse_norm(k))
-                q.mul_(norms[0])
-                _by_head(q, heads).mul_(head_scale.view(-1, 1, 1))
-                k.mul_(norms[1])
-            scores = qkv.new_empty(len(q), area, area)
-            here = added if mask is None else added[block.rows]
-            scores.view(-1, *here.shape).copy_(here)
-            scores.baddbmm_(q, k.transpose(1, 2), alpha=alpha)
-            torch.softmax(scores, -1, out=scores)
-            _put(out[block.images, block.rows], torch.bmm(scores, v))
+# ---------------------------------------------------------------------------------------------------- forward, backward
+
+
+class _Kept(NamedTuple):
+    """Of the forward pass for the backward pass; of length 0 where none follows."""
+
+    weights: Tensor
+    """(M, N, N) probabilities."""
+    used: Tensor
+    """(3, M, N, d) queries, keys and values as they were multiplied."""
+    norms: Tensor
+    """(2, M, N, 1) inverse norms of queries and keys; of length 0 for dot products."""
+
+
+def _room(qkv: Tensor, heads: int, window: Sequence[int], *, cosine: bool, training: bool) -> _Kept:
+    """What is kept of a map (B, H, W, 3·D), unwritten."""
+    images, rows, wh, cols, ww = _cuts(qkv, window)
+    area, depth = wh * ww, qkv.shape[-1] // (3 * heads)
+    count = images * rows * cols * heads if training else 0
+    return _Kept(
+        qkv.new_empty(count, area, area),
+        qkv.new_empty(3, count, area, depth),
+        qkv.new_empty(2, count if cosine else 0, area, 1),
+    )
+
+
+def _forward(
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    bias: Tensor,
+    head_scale: Tensor | None,
+    index: Tensor,
+    mask: Tensor | None,
+    window: Sequence[int],
+    mask_value: float | None,
+    training: bool,
+) -> tuple[Tensor, _Kept]:
+    heads = len(bias)
+    images, rows, wh, cols, ww = cuts = _cuts(qkv, window)
+    area, dim = wh * ww, qkv.shape[-1] // 3
+    depth = dim // heads
+    alpha = depth**-0.5 if head_scale is None else 1.0
+    parts = qkv.view(*cuts, 3, heads, depth)
+    of_parts = None if qkv_bias is None else qkv_bias.view(3, 1, 1, 1, heads, 1, 1, depth)
+    out = qkv.new_empty(*cuts, heads, depth)
+    added = _added(bias, index, mask, area, mask_value)
+    if mask is not None:
+        added = added.view(rows, cols, heads, area, area)
+    kept = _room(qkv, heads, window, cosine=head_scale is not None, training=training)
+    for block in _blocks(cuts, heads, qkv.element_size()):
+        here = block.windows
+        count = here.stop - here.start
+        used = kept.used[:, here] if training else qkv.new_empty(3, count, area, depth)
+        _cut(parts[block.images, block.rows], of_parts, used)
+        if head_scale is not None:
+            norms = _inverse_norms(used[:2])
             if training:
-                saved += (scores, q, k, v, *norms)
-        if training:
-            ctx.save_for_backward(head_scale, *saved)
-            ctx.blocks, ctx.shape, ctx.per_block = blocks, parts.shape, len(saved) // max(1, len(blocks))
-        return out.view(images, rows * wh, cols * ww, dim)
+                kept.norms[:, here] = norms
+            norms[0] *= _by_window(head_scale, norms[0])
+            used[:2] *= norms
+        scores = kept.weights[here] if training else qkv.new_empty(count, area, area)
+        y = _attend(scores, used, added if mask is None else added[block.rows], alpha)
+        _put(out[block.images, block.rows], y)
+    return out.view(images, rows * wh, cols * ww, dim), kept
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        head_scale, *saved = ctx.saved_tensors
-        images, rows, wh, cols, ww, _, heads, depth = ctx.shape
-        area = wh * ww
-        grad_parts = grad.new_empty(ctx.shape)
-        grad_map = grad.reshape(images, rows, wh, cols, ww, heads, depth)
-        grad_bias = grad.new_zeros(heads, area, area) if ctx.needs_input_grad[1] else None
-        grad_scale = None if head_scale is None else torch.zeros_like(head_scale)
-        for number, block in enumerate(ctx.blocks):
-            weights, q, k, v, *norms = saved[number * ctx.per_block : (number + 1) * ctx.per_block]
-            slope = _windows(grad_map[block.images, block.rows])
-            scores = torch.bmm(slope, v.transpose(1, 2))
-            torch.ops.aten._softmax_backward_data.out(scores, weights, -1, scores.dtype, grad_input=scores)
-            if grad_bias is not None:
-                grad_bias += scores.view(-1, heads, area, area).sum(0)
-            qkv = grad.new_empty(3, *q.shape)
-            grad_q, grad_k, grad_v = qkv.unbind(0)
-            torch.bmm(weights.transpose(1, 2), slope, out=grad_v)
-            torch.bmm(scores, k, out=grad_q)
-            torch.bmm(scores.transpose(1, 2), q, out=grad_k)
-            if head_scale is None:
-                qkv[:2] *= depth**-0.5
-            else:
-                assert grad_scale is not None
-                scale = head_scale.view(-1, 1, 1)
-                along = (grad_q * q).sum(-1, keepdim=True)  # q is the unit query times its head's scale
-                grad_scale += _by_head(along, heads).sum((0, 2, 3)) / head_scale
-                # d(x/|x|) takes out what points along x.
-                _by_head(grad_q, heads).mul_(scale).sub_(_by_head(q * along, heads) / scale)
-                grad_q.mul_(norms[0])
-                grad_k.sub_(k * (grad_k * k).sum(-1, keepdim=True)).mul_(norms[1])
-            target = grad_parts[block.images, block.rows]
-            target.copy_(qkv.view(3, *_split(target.select(5, 0))).permute(1, 2, 5, 3, 6, 0, 4, 7))
-        grad_qkv = grad_parts.view(images, rows * wh, cols * ww, 3 * heads * depth)
-        return grad_qkv, grad_bias, grad_scale, None, None, None, None
+
+def _backward(
+    grad: Tensor,
+    kept: _Kept,
+    head_scale: Tensor | None,
+    index: Tensor,
+    offsets: Sequence[int],
+    window: Sequence[int],
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of qkv; of its bias and of the position bias where they are `wanted`; of the heads' scales where there
+    are any. `offsets`: the shape (h, L) of the position bias."""
+    heads = offsets[0]
+    images, rows, wh, cols, ww = cuts = _cuts(grad, window)
+    area, depth = wh * ww, grad.shape[-1] // heads
+    alpha = depth**-0.5 if head_scale is None else 1.0
+    grad_parts = grad.new_empty(*cuts, 3, heads, depth)
+    grad_map = grad.reshape(*cuts, heads, depth)
+    qkv_bias_too, bias_too = wanted
+    grad_bias = grad.new_zeros(heads, area, area) if bias_too else None
+    grad_scale = None if head_scale is None else torch.zeros_like(head_scale)
+    for block in _blocks(cuts, heads, grad.element_size()):
+        here = block.windows
+        used, slopes = kept.used[:, here], grad.new_empty(3, here.stop - here.start, area, depth)
+        slope = _windows(grad_map[block.images, block.rows])
+        scores = _attend_backward(slope, kept.weights[here], used, slopes, alpha)
+        if grad_bias is not None:
+            grad_bias += scores.view(-1, heads, area, area).sum(0)
+        if head_scale is not None:
+            assert grad_scale is not None
+            of_head = _by_window(head_scale, scores)
+            used, of_used = used[:2], slopes[:2]  # the unit query times its head's scale, and the unit key
+            along = (of_used * used).sum(-1, keepdim=True)
+            grad_scale += along[0].view(-1, heads, area).sum((0, 2)) / head_scale
+            # d(x/|x|) takes out what points along x.
+            norms = kept.norms[:, here].clone()
+            along *= norms
+            along[0] /= of_head
+            norms[0] *= of_head
+            of_used *= norms
+            of_used.addcmul_(used, along, value=-1)
+        target = grad_parts[block.images, block.rows]
+        target.copy_(slopes.view(3, *_split(target.select(5, 0))).permute(1, 2, 5, 3, 6, 0, 4, 7))
+    grad_qkv = grad_parts.view(images, rows * wh, cols * ww, 3 * heads * depth)
+    grad_qkv_bias = grad_qkv.flatten(0, 2).sum(0) if qkv_bias_too else None
+    if grad_bias is not None:
+        grad_bias = grad.new_zeros(*offsets).scatter_add_(1, index.expand(heads, -1), grad_bias.flatten(1))
+    return grad_qkv, grad_qkv_bias, grad_bias, grad_scale
+
+
+def _attend(scores: Tensor, used: Tensor, added: Tensor, alpha: float) -> Tensor:
+    """softmax(alpha·q·kᵀ + added) · v: (M, N, d). The probabilities are left in `scores` (M, N, N).
+
+    `added`: (h, N, N) or (..., h, N, N), repeated where M is more.
+    """
+    q, k, v = used.unbind(0)
+    scores.view(-1, *added.shape).copy_(added)
+    scores.baddbmm_(q, k.transpose(1, 2), alpha=alpha)
+    torch.softmax(scores, -1, out=scores)
+    return torch.bmm(scores, v)
+
+
+def _attend_backward(slope: Tensor, weights: Tensor, used: Tensor, slopes: Tensor, alpha: float) -> Tensor:
+    """From the gradient of the output (M, N, d) those of q, k, v into `slopes`; returns that of the scores."""
+    (q, k, v), (grad_q, grad_k, grad_v) = used.unbind(0), slopes.unbind(0)
+    scores = torch.bmm(slope, v.transpose(1, 2))
+    torch.ops.aten._softmax_backward_data.out(scores, weights, -1, scores.dtype, grad_input=scores)
+    torch.bmm(weights.transpose(1, 2), slope, out=grad_v)
+    torch.baddbmm(grad_q, scores, k, beta=0, alpha=alpha, out=grad_q)
+    torch.baddbmm(grad_k, scores.transpose(1, 2), q, beta=0, alpha=alpha, out=grad_k)
+    return scores
+
+
+def _added(bias: Tensor, index: Tensor, mask: Tensor | None, area: int, mask_value: float | None) -> Tensor:
+    """What joins the scores: from the bias of offsets (h, L) that of pairs (h, N, N), or with a mask (n, h, N, N)."""
+    of_pairs = bias.index_select(1, index).view(-1, area, area)
+    if mask is None:
+        return of_pairs
+    allowed = mask.unsqueeze(1)
+    if mask_value is not None:
+        return torch.where(allowed, of_pairs, of_pairs + mask_value)
+    hidden: Tensor = of_pairs.masked_fill(~allowed, float("-inf"))
+    return hidden
+
+
+def _cuts(x: Tensor, window: Sequence[int]) -> tuple[int, int, int, int, int]:
+    """(B, rows, wh, cols, ww) of a map (B, H, W, *)."""
+    (images, height, width), (wh, ww) = x.shape[:3], window
+    return images, height // wh, wh, width // ww, ww
 
 
 def _split(part: Tensor) -> tuple[int, ...]:
@@ -161,12 +252,14 @@ def _split(part: Tensor) -> tuple[int, ...]:
     return images, rows, cols, heads, wh, ww, depth
 
 
-def _cut(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(b, r, wh, cols, ww, 3, h, d) -> q, k, v (M, N, d), copies."""
-    area, depth = part.shape[2] * part.shape[4], part.shape[7]
-    copy = part.permute(5, 0, 1, 3, 6, 2, 4, 7).contiguous().view(3, -1, area, depth)
-    q, k, v = copy.unbind(0)
-    return q, k, v
+def _cut(part: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """(b, r, wh, cols, ww, 3, h, d) into (3, M, N, d), with a bias (3, 1, 1, 1, h, 1, 1, d) added to it."""
+    out = out.view(3, *_split(part.select(5, 0)))
+    part = part.permute(5, 0, 1, 3, 6, 2, 4, 7)
+    if bias is None:
+        out.copy_(part)
+    else:
+        torch.add(part, bias, out=out)
 
 
 def _windows(part: Tensor) -> Tensor:
@@ -180,21 +273,144 @@ def _put(part: Tensor, windows: Tensor) -> None:
     part.copy_(windows.view(_split(part)).permute(0, 1, 4, 2, 5, 3, 6))
 
 
-def _by_head(x: Tensor, heads: int) -> Tensor:
-    """(M, N, d) seen as (M/h, h, N, d)."""
-    return x.view(-1, heads, *x.shape[1:])
-
-
-def _inverse_norm(x: Tensor) -> Tensor:
+def _inverse_norms(x: Tensor) -> Tensor:
     """1/|x| along the last axis, at most 1e12."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.clamp_(min=_NORM_FLOOR).reciprocal_()
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norms.clamp_(min=_NORM_FLOOR).reciprocal_()
 
 
-def _hidden(bias: Tensor, allowed: Tensor, value: float | None) -> Tensor:
-    """(h, N, N) and (rows, cols, N, N) -> (rows, cols, h, N, N): -inf, or `value` more, where a pair is hidden."""
-    allowed = allowed.unsqueeze(2)
-    if value is not None:
-        return torch.where(allowed, bias, bias + value)
-    hidden: Tensor = bias.masked_fill(~allowed, float("-inf"))
-    return hidden
+def _by_window(head_scale: Tensor, like: Tensor) -> Tensor:
+    """(h,) -> (M, 1, 1)."""
+    return head_scale.repeat(len(like) // len(head_scale)).view(-1, 1, 1)
+
+
+# ----------------------------------------------------------------------------------------- autograd, as a model runs
+
+
+class _BlockedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        qkv_bias: Tensor | None,
+        bias: Tensor,
+        head_scale: Tensor | None,
+        index: Tensor,
+        mask: Tensor | None,
+        window: Sequence[int],
+        mask_value: float | None,
+        training: bool,
+    ) -> Tensor:
+        out, kept = _forward(qkv, qkv_bias, bias, head_scale, index, mask, window, mask_value, training)
+        if training:
+            ctx.save_for_backward(*kept, head_scale, index)
+            ctx.offsets, ctx.window = bias.shape, window
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        *kept, head_scale, index = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1:3]
+        grads = _backward(grad, _Kept(*kept), head_scale, index, ctx.offsets, ctx.window, wanted)
+        return *grads, None, None, None, None, None
+
+
+# ----------------------------------------------------------------------------------- an operator, for `torch.compile`
+
+_LIBRARY = torch.library.Library("swinmoe", "FRAGMENT")
+_LIBRARY.define(
+    "blocked_attention(Tensor qkv, Tensor? qkv_bias, Tensor bias, Tensor? head_scale, Tensor index, Tensor? mask,"
+    " int[] window, float? mask_value, bool training) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "blocked_attention_backward(Tensor grad, Tensor weights, Tensor used, Tensor norms, Tensor? head_scale,"
+    " Tensor index, int[] offsets, int[] window, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _operator(
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    bias: Tensor,
+    head_scale: Tensor | None,
+    index: Tensor,
+    mask: Tensor | None,
+    window: Sequence[int],
+    mask_value: float | None,
+    training: bool,
+) -> tuple[Tensor, ...]:
+    out, kept = _forward(qkv, qkv_bias, bias, head_scale, index, mask, window, mask_value, training)
+    return out, *kept
+
+
+def _operator_shapes(
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    bias: Tensor,
+    head_scale: Tensor | None,
+    index: Tensor,
+    mask: Tensor | None,
+    window: Sequence[int],
+    mask_value: float | None,
+    training: bool,
+) -> tuple[Tensor, ...]:
+    out = qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
+    return out, *_room(qkv, len(bias), window, cosine=head_scale is not None, training=training)
+
+
+def _operator_backward(
+    grad: Tensor,
+    weights: Tensor,
+    used: Tensor,
+    norms: Tensor,
+    head_scale: Tensor | None,
+    index: Tensor,
+    offsets: Sequence[int],
+    window: Sequence[int],
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """An operator returns tensors: of length 0 where there is no gradient."""
+    grads = _backward(grad, _Kept(weights, used, norms), head_scale, index, offsets, window, wanted)
+    return tuple(grad.new_empty(0) if g is None else g for g in grads)
+
+
+def _operator_backward_shapes(
+    grad: Tensor,
+    weights: Tensor,
+    used: Tensor,
+    norms: Tensor,
+    head_scale: Tensor | None,
+    index: Tensor,
+    offsets: Sequence[int],
+    window: Sequence[int],
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    tripled = 3 * grad.shape[-1]
+    return (
+        grad.new_empty(*grad.shape[:-1], tripled),
+        grad.new_empty(tripled if wanted[0] else 0),
+        grad.new_empty(*offsets) if wanted[1] else grad.new_empty(0),
+        grad.new_empty(0) if head_scale is None else torch.empty_like(head_scale),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, bias, head_scale, index, _, window, _, _ = inputs
+    ctx.save_for_backward(*output[1:], head_scale, index)
+    ctx.offsets, ctx.window = bias.shape, window
+
+
+def _back(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad[:4]
+    grads = torch.ops.swinmoe.blocked_attention_backward(grad, *ctx.saved_tensors, ctx.offsets, ctx.window, wanted[1:3])
+    return *(g if too else None for g, too in zip(grads, wanted, strict=True)), None, None, None, None, None
+
+
+for _name, _kernel, _shapes in (
+    ("blocked_attention", _operator, _operator_shapes),
+    ("blocked_attention_backward", _operator_backward, _operator_backward_shapes),
+):
+    _LIBRARY.impl(_name, _kernel, "CPU")
+    torch.library.register_fake(f"swinmoe::{_name}", _shapes, lib=_LIBRARY)
+torch.library.register_autograd("swinmoe::blocked_attention", _back, setup_context=_keep, lib=_LIBRARY)

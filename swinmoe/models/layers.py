@@ -7,7 +7,8 @@ does not change what comes after.
 from __future__ import annotations
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 
@@ -15,6 +16,18 @@ def linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Line
     """An uninitialised `nn.Linear` on the default device."""
     layer: nn.Linear = skip_init(nn.Linear, in_features, out_features, bias=bias, device=torch.get_default_device())
     return layer
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`: (*, in) -> (*, out).
+
+    In a graph for a CPU the bias is added apart: the product would first fill its output with copies of the bias, a
+    walk over the map, where what follows can add it in a walk that is made anyway.
+    """
+    if bias is None or x.device.type != "cpu" or not torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    y = F.linear(x, weight)
+    return y + bias.to(y.dtype)  # under autocast they differ
 
 
 def patch_conv(in_chans: int, out_chans: int, patch_size: tuple[int, int]) -> nn.Conv2d:

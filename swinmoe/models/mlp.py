@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinmoe.models.layers import linear
+from swinmoe.models.layers import linear, project
 
 
 class Mlp(nn.Module):
@@ -19,5 +19,5 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, D) -> (*, D)."""
-        x = F.dropout(F.gelu(self.fc1(x)), self.drop, self.training)
-        return F.dropout(self.fc2(x), self.drop, self.training)
+        x = F.dropout(F.gelu(project(x, self.fc1.weight, self.fc1.bias)), self.drop, self.training)
+        return F.dropout(project(x, self.fc2.weight, self.fc2.bias), self.drop, self.training)

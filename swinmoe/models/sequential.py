@@ -32,10 +32,10 @@ def attend_in_chunks(
     """`attend` on chunks of windows, one after the other.
 
     Args:
-        attend: (b, H', W, 3·D), (h, N, N), tables of that part of the map -> (b, H', W, D).
+        attend: (b, H', W, 3·D), (h, L), tables of that part of the map -> (b, H', W, D).
         chunks: how many; fewer where there are not as many rows of windows, over all images.
         qkv: (B, H, W, 3·D).
-        bias: (h, N, N) position bias.
+        bias: (h, L) position bias of each offset.
         tables: of the map.
         draws: `attend` draws random numbers, which the second time must be the same.
 

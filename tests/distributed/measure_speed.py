@@ -5,11 +5,13 @@
     python tests/distributed/measure_speed.py dense [--rounds 15]                    # timm and torchvision, some 4
     python tests/distributed/measure_speed.py compiled [--rounds 15] [--timm]        # torch.compile, cold and warm
     python tests/distributed/measure_speed.py memory                                 # peaks of a layer's step
+    ... --allocator default                                                          # any of them, see below
 
 Arms take turns in rounds; medians with 95 % intervals. A step is forward and backward with the layers' balance losses
 and without the optimiser; gradients stay from step to step and are set to zero in it, except in the arms that say
 `given back`, which let them go as `optimizer.zero_grad()` does: PyTorch's modules then get fresh memory, our experts
-the same as before. What is freed stays with the process in all arms, as in swinmoe's own commands. An arm finds caches
+the same as before. What is freed stays with the process in all arms, as in swinmoe's own commands; with `--allocator
+default` it is as in a process that knows nothing of them, and freshly mapped memory takes its time. An arm finds caches
 as the arm before left them, which next to a library that works through much memory is not as its own steps leave them:
 `--primed` takes that out. Tutel and FairScale take part where they are installed, Microsoft's model where a checkout of
 its repository is named. Other load on the machine spoils ratios too: many small products wait for each other more often
@@ -50,6 +52,8 @@ SHAPES = ((4608, 384, 1536, 8, 1), (4608, 384, 1536, 32, 1), (4608, 384, 1536, 8
 SWIN = {"img_size": 192, "window_size": 12, "num_classes": 1000}
 TINY = {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}
 BATCH = 4
+CONDITIONS: dict[str, Any] = {}
+"""Of the process, told with every table."""
 
 
 # ---------------------------------------------------------------------------------------------------------- one layer
@@ -210,6 +214,7 @@ def compiled(args: argparse.Namespace) -> None:
             for temperature in ("cold", "warm"):
                 words = [sys.executable, __file__, "compiled", "--child", f"{version},{temperature}"]
                 words += ["--rounds", str(args.rounds), "--threads", str(args.threads)] + ["--timm"] * args.timm
+                words += ["--allocator", args.allocator]
                 subprocess.run(words, check=True, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache})
 
 
@@ -243,12 +248,13 @@ def memory(args: argparse.Namespace) -> None:
     if args.child is not None:
         one_peak(args.child)
         return
+    same = ["--threads", str(args.threads), "--allocator", args.allocator]
     names = ["dense", "swinmoe", *peers(8, 8, 8, 2)]
     table = {
         name: {
             tokens: json.loads(
                 subprocess.run(
-                    [sys.executable, __file__, "memory", "--child", f"{tokens},{name}", "--threads", str(args.threads)],
+                    [sys.executable, __file__, "memory", "--child", f"{tokens},{name}", *same],
                     check=True,
                     capture_output=True,
                     text=True,
@@ -260,7 +266,17 @@ def memory(args: argparse.Namespace) -> None:
     }
     dim, hidden, experts, top_k = SHAPES[2][1:]
     print(
-        json.dumps({"table": "memory", "dim": dim, "hidden": hidden, "experts": experts, "top_k": top_k, "mib": table})
+        json.dumps(
+            {
+                "table": "memory",
+                "dim": dim,
+                "hidden": hidden,
+                "experts": experts,
+                "top_k": top_k,
+                **CONDITIONS,
+                "mib": table,
+            }
+        )
     )
 
 
@@ -300,7 +316,7 @@ def tell(
     line = {
         "table": table,
         **shape,
-        "threads": torch.get_num_threads(),
+        **CONDITIONS,
         "ms": {name: [round(v, 2) for v in (t.median, t.low, t.high)] for name, t in timings.items()},
         f"over {times if times > 1 else ''} {baseline}".replace("  ", " "): {
             name: round(timing.median / base, 3) for name, timing in timings.items()
@@ -320,12 +336,15 @@ def main() -> None:
     parser.add_argument("--primed", action="store_true", help="layer: each step goes once uncounted before it is timed")
     parser.add_argument("--swin-repo", type=Path, help="a checkout of Microsoft's Swin-Transformer")
     parser.add_argument("--timm", action="store_true", help="compile timm's models too, whole: many minutes")
+    parser.add_argument("--allocator", choices=("kept", "default"), default="kept", help="what becomes of freed memory")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    keep_freed_memory()
+    CONDITIONS.update(threads=args.threads, allocator=args.allocator)
+    if args.allocator == "kept":
+        keep_freed_memory()
     # Tutel and FairScale want a job, if only of one process.
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}

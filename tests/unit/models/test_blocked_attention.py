@@ -81,6 +81,49 @@ def test_gradients_are_derivatives(style: str) -> None:
     assert torch.autograd.gradcheck(lambda x: layer(x, tables), x, fast_mode=True)
 
 
+def arguments(style: str, *, grads: bool) -> tuple[object, ...]:
+    """What `blocked_attention` is called with, for its operator: window, mask's value and `training` at the end."""
+    layer, tables = layer_and_tables(STYLES[style], (8, 8), (4, 4), True)
+    qkv = torch.randn(2, 8, 8, 36, dtype=torch.float64, requires_grad=grads)
+    qkv_bias = torch.randn(36, dtype=torch.float64, requires_grad=grads)
+    scale = torch.rand(3, dtype=torch.float64).requires_grad_(grads) if style.startswith("cosine") else None
+    bias = layer.offset_bias(tables).detach().requires_grad_(grads)
+    return qkv, qkv_bias, bias, scale, tables.index, tables.mask, (4, 4), None, grads
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("grads", [False, True])
+@pytest.mark.parametrize("style", STYLES)
+def test_the_operator_is_what_it_says_to_a_compiler(style: str, grads: bool) -> None:
+    """Schema, shapes, registered gradients, and the same traced: torch's own checks."""
+    torch.library.opcheck(torch.ops.swinmoe.blocked_attention.default, arguments(style, grads=grads))
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("style", STYLES)
+def test_so_is_the_operator_of_its_backward_pass(style: str, wanted: tuple[bool, bool]) -> None:
+    given = arguments(style, grads=False)
+    out, *kept = torch.ops.swinmoe.blocked_attention(*given[:-1], True)
+    bias, scale, index = given[2:5]
+    assert isinstance(bias, Tensor)
+    rest = (scale, index, list(bias.shape), [4, 4], list(wanted))
+    torch.library.opcheck(torch.ops.swinmoe.blocked_attention_backward.default, (torch.randn_like(out), *kept, *rest))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_operator_equals_what_runs_without_a_compiler(style: str) -> None:
+    given = arguments(style, grads=True)
+    inputs = [t for t in given[:4] if isinstance(t, Tensor)]
+    run = blocked._BlockedAttention.apply(*given)
+    compiled = torch.ops.swinmoe.blocked_attention(*given)[0]
+    slope = torch.randn_like(run)
+    assert torch.equal(run, compiled)
+    for one, other in zip(
+        torch.autograd.grad(run, inputs, slope), torch.autograd.grad(compiled, inputs, slope), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[int]]:
     seen: list[Sequence[int]] = []
     original = blocked.blocked_attention

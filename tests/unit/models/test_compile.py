@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from swinmoe.config import BalanceLossConfig, CapacityConfig, CapacityPolicy, ModelConfig, MoEConfig, RouterConfig
 from swinmoe.models import SwinTransformer, build_model, compile_blocks
+from swinmoe.models.layers import project
 
 # Dynamo looks at `.grad` of every input, also of a map that comes from the block before.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -59,9 +61,11 @@ class Counting:
 
     def __init__(self) -> None:
         self.graphs = 0
+        self.called: list[str] = []
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
         self.graphs += 1
+        self.called += [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
         return lookup_backend("aot_eager")(graph, inputs)
 
 
@@ -87,6 +91,28 @@ def test_dense_blocks_share_a_graph_for_each_stage_and_shift(style: str) -> None
     assert backend.graphs == 3
     outcome(model)
     assert backend.graphs == 3
+
+
+@pytest.mark.parametrize("style", ["v1", "v2"])
+def test_attention_on_a_cpu_is_one_operator_of_the_graph(style: str) -> None:
+    model, backend = model_of(style), Counting()
+    compile_blocks(model, backend=backend)
+    outcome(model)
+    assert sum("blocked_attention" in name for name in backend.called) == 3  # in each graph
+    assert not any("softmax" in name for name in backend.called)
+    with torch.no_grad():
+        model.eval()(IMAGES)
+    assert backend.graphs == 6  # in evaluation nothing is kept
+
+
+def test_a_bias_added_apart_keeps_the_dtype_of_autocast() -> None:
+    x, layer = torch.randn(5, 4), torch.nn.Linear(4, 3)
+    compiled = torch.compile(project, backend="aot_eager", fullgraph=True)
+    for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            y, expected = compiled(x, layer.weight, layer.bias), layer(x)
+        assert y.dtype == expected.dtype
+        torch.testing.assert_close(y, expected, rtol=1e-2 if y.dtype == torch.bfloat16 else 1e-6, atol=1e-2)
 
 
 @pytest.mark.parametrize("dispatcher", ["padded", "gshard"])

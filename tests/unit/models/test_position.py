@@ -56,7 +56,8 @@ def test_equal_offsets_get_equal_biases_at_a_larger_window() -> None:
             pretrained_window_sizes=None if pretrained is None else (pretrained,),
         )
         stage = build_model(cfg, dtype=F64).layers[0]
-        bias = stage.blocks[0].attn.position_bias(stage._tables((16, 16))[0])
+        tables = stage._tables((16, 16))[0]
+        bias = stage.blocks[0].attn.offset_bias(tables).index_select(1, tables.index)
         return bias.view(2, window, window, window, window)
 
     small, large = biases(8, None), biases(16, 8)
