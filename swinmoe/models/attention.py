@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from swinmoe.config import StyleConfig
 from swinmoe.models.blocked_attention import blocked_attention
-from swinmoe.models.layers import linear, project
+from swinmoe.models.layers import exact_on_cpu, linear, project
 from swinmoe.models.position import num_offsets, resize_table
 from swinmoe.models.sequential import attend_in_chunks
 from swinmoe.models.windows import WindowGrid
@@ -96,7 +96,7 @@ class WindowAttention(nn.Module):
             x = torch.roll(x, (sh, sw), (1, 2))
         if pad_h or pad_w:
             x = x[:, :height, :width]
-        return F.dropout(project(x, self.proj.weight, self.proj.bias), self.drop, self.training)
+        return F.dropout(project(self.proj, x), self.drop, self.training)
 
     def resize_window(self, old: Pair, new: Pair) -> None:
         """Fit a learned bias table made for window `old` to window `new`; log-spaced offsets need no edit."""
@@ -110,7 +110,7 @@ class WindowAttention(nn.Module):
         bias, qkv_bias = self.offset_bias(tables), self._qkv_bias()
         if self.chunks == 1 and self._blocked(x):
             return self._attend_windows(F.linear(x, self.qkv.weight), bias, tables, qkv_bias)
-        qkv = project(x, self.qkv.weight, qkv_bias)
+        qkv = F.linear(x, self.qkv.weight, qkv_bias)
         if self.chunks == 1:
             return self._attend_windows(qkv, bias, tables)
         draws = self.attn_drop > 0 and self.training
@@ -144,10 +144,8 @@ class WindowAttention(nn.Module):
 
     def _blocked(self, x: Tensor) -> bool:
         """Whether a pass over `x`, or what a linear layer makes of it, is one for `blocked_attention`."""
-        if self.attention_impl != "auto" or x.device.type != "cpu" or torch.compiler.is_exporting():
-            return False
-        exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-        return exact and not (self.attn_drop > 0 and self.training)
+        dropped = self.attn_drop > 0 and self.training
+        return self.attention_impl == "auto" and exact_on_cpu(x) and not dropped
 
     def _weigh(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
         """(b, a, N, d) three times and an additive bias (a, N, N) -> (b, a, N, d)."""

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from swinmoe.models.windows import WindowGrid
 
@@ -27,6 +26,10 @@ BLOCK_BYTES = 4 * 2**20
 """Size up to which the scores of several windows come in one block."""
 
 _NORM_FLOOR = 1e-12
+_NO_SECOND = (
+    "attention in blocks has no second derivatives (create_graph=True was given); "
+    "set attention_impl='explicit' on the model's attention layers, which has them"
+)
 
 
 def blocked_attention(
@@ -52,7 +55,10 @@ def blocked_attention(
         mask_value: added to hidden pairs instead.
 
     Returns:
-        (B, H, W, D). Gradients of `qkv`, `qkv_bias`, `bias` and `head_scale`; no second derivatives.
+        (B, H, W, D). Gradients of `qkv`, `qkv_bias`, `bias` and `head_scale`.
+
+    Raises:
+        NotImplementedError: in the backward pass, where second derivatives are asked for.
     """
     wanted = (t is not None and t.requires_grad for t in (qkv, qkv_bias, bias, head_scale))
     training = torch.is_grad_enabled() and any(wanted)
@@ -308,8 +314,10 @@ class _BlockedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        # Not `once_differentiable`: `autograd.grad` walks past its error to inputs that have other ways.
+        if torch.is_grad_enabled():
+            raise NotImplementedError(_NO_SECOND)
         *kept, head_scale, index = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:3]
         grads = _backward(grad, _Kept(*kept), head_scale, index, ctx.offsets, ctx.window, wanted)
@@ -329,18 +337,8 @@ _LIBRARY.define(
 )
 
 
-def _operator(
-    qkv: Tensor,
-    qkv_bias: Tensor | None,
-    bias: Tensor,
-    head_scale: Tensor | None,
-    index: Tensor,
-    mask: Tensor | None,
-    window: Sequence[int],
-    mask_value: float | None,
-    training: bool,
-) -> tuple[Tensor, ...]:
-    out, kept = _forward(qkv, qkv_bias, bias, head_scale, index, mask, window, mask_value, training)
+def _operator(*given: Any) -> tuple[Tensor, ...]:
+    out, kept = _forward(*given)
     return out, *kept
 
 
@@ -359,19 +357,9 @@ def _operator_shapes(
     return out, *_room(qkv, len(bias), window, cosine=head_scale is not None, training=training)
 
 
-def _operator_backward(
-    grad: Tensor,
-    weights: Tensor,
-    used: Tensor,
-    norms: Tensor,
-    head_scale: Tensor | None,
-    index: Tensor,
-    offsets: Sequence[int],
-    window: Sequence[int],
-    wanted: Sequence[bool],
-) -> tuple[Tensor, ...]:
+def _operator_backward(grad: Tensor, weights: Tensor, used: Tensor, norms: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """An operator returns tensors: of length 0 where there is no gradient."""
-    grads = _backward(grad, _Kept(weights, used, norms), head_scale, index, offsets, window, wanted)
+    grads = _backward(grad, _Kept(weights, used, norms), *rest)
     return tuple(grad.new_empty(0) if g is None else g for g in grads)
 
 
@@ -407,6 +395,10 @@ def _back(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...
     return *(g if too else None for g, too in zip(grads, wanted, strict=True)), None, None, None, None, None
 
 
+def _refuse(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(_NO_SECOND)
+
+
 for _name, _kernel, _shapes in (
     ("blocked_attention", _operator, _operator_shapes),
     ("blocked_attention_backward", _operator_backward, _operator_backward_shapes),
@@ -414,3 +406,4 @@ for _name, _kernel, _shapes in (
     _LIBRARY.impl(_name, _kernel, "CPU")
     torch.library.register_fake(f"swinmoe::{_name}", _shapes, lib=_LIBRARY)
 torch.library.register_autograd("swinmoe::blocked_attention", _back, setup_context=_keep, lib=_LIBRARY)
+torch.library.register_autograd("swinmoe::blocked_attention_backward", _refuse, lib=_LIBRARY)

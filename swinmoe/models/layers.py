@@ -18,16 +18,26 @@ def linear(in_features: int, out_features: int, *, bias: bool = True) -> nn.Line
     return layer
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`: (*, in) -> (*, out).
+def exact_on_cpu(x: Tensor) -> bool:
+    """Whether layers compute with `x` on a CPU in single or double precision, and no program is being exported."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return False
+    return not (torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting())
 
-    In a graph for a CPU the bias is added apart: the product would first fill its output with copies of the bias, a
-    walk over the map, where what follows can add it in a walk that is made anyway.
+
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)`: (*, in) -> (*, out).
+
+    In a graph for a CPU a linear layer's bias is added apart: the product would first fill its output with copies of
+    the bias, a walk over the map, where what follows can add it in a walk that is made anyway. Not where that would
+    round twice, nor past hooks and what else may stand in a linear layer's place.
     """
-    if bias is None or x.device.type != "cpu" or not torch.compiler.is_compiling():
-        return F.linear(x, weight, bias)
-    y = F.linear(x, weight)
-    return y + bias.to(y.dtype)  # under autocast they differ
+    if torch.compiler.is_compiling() and type(layer) is nn.Linear and exact_on_cpu(x):
+        bias: Tensor | None = layer.bias
+        if bias is not None and not (layer._forward_hooks or layer._forward_pre_hooks):
+            return F.linear(x, layer.weight) + bias
+    y: Tensor = layer(x)
+    return y
 
 
 def patch_conv(in_chans: int, out_chans: int, patch_size: tuple[int, int]) -> nn.Conv2d:

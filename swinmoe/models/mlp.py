@@ -19,5 +19,5 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, D) -> (*, D)."""
-        x = F.dropout(F.gelu(project(x, self.fc1.weight, self.fc1.bias)), self.drop, self.training)
-        return F.dropout(project(x, self.fc2.weight, self.fc2.bias), self.drop, self.training)
+        x = F.dropout(F.gelu(project(self.fc1, x)), self.drop, self.training)
+        return F.dropout(project(self.fc2, x), self.drop, self.training)

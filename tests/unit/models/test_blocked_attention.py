@@ -124,6 +124,28 @@ def test_the_operator_equals_what_runs_without_a_compiler(style: str) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_second_derivatives_are_refused(style: str) -> None:
+    """Also of a parameter that the first derivative reaches by another way, which would be wrong in silence."""
+    layer, tables = layer_and_tables(STYLES[style], (4, 4), (2, 2), True)
+    x = torch.randn(2, 4, 4, 12, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="explicit"):
+        torch.autograd.grad(layer(x, tables).square().sum(), x, create_graph=True)
+    layer.attention_impl = "explicit"
+    (first,) = torch.autograd.grad(layer(x, tables).square().sum(), x, create_graph=True)
+    torch.autograd.grad(first.square().sum(), layer.qkv.weight)
+
+
+def test_the_operator_refuses_second_derivatives_too() -> None:
+    given = arguments("dot, table", grads=True)
+    qkv, bias = given[0], given[2]
+    assert isinstance(qkv, Tensor)
+    out = torch.ops.swinmoe.blocked_attention(*given)[0]
+    (first,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+    with pytest.raises(NotImplementedError, match="explicit"):
+        torch.autograd.grad(first.square().sum(), bias)
+
+
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[int]]:
     seen: list[Sequence[int]] = []
     original = blocked.blocked_attention

@@ -105,14 +105,37 @@ def test_attention_on_a_cpu_is_one_operator_of_the_graph(style: str) -> None:
     assert backend.graphs == 6  # in evaluation nothing is kept
 
 
-def test_a_bias_added_apart_keeps_the_dtype_of_autocast() -> None:
+def test_biases_are_added_apart_where_that_rounds_as_before() -> None:
     x, layer = torch.randn(5, 4), torch.nn.Linear(4, 3)
-    compiled = torch.compile(project, backend="aot_eager", fullgraph=True)
-    for context in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+    for context, apart in ((nullcontext(), True), (torch.autocast("cpu", torch.bfloat16), False)):
+        backend = Counting()
+        compiled = torch.compile(project, backend=backend, fullgraph=True)
         with context:
-            y, expected = compiled(x, layer.weight, layer.bias), layer(x)
+            y, expected = compiled(layer, x), layer(x)
+        assert any("add" in name for name in backend.called) is apart
         assert y.dtype == expected.dtype
-        torch.testing.assert_close(y, expected, rtol=1e-2 if y.dtype == torch.bfloat16 else 1e-6, atol=1e-2)
+        torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+        torch._dynamo.reset()
+
+
+def test_a_hook_on_a_linear_layer_is_called_in_a_graph_too() -> None:
+    x, layer = torch.randn(5, 4), torch.nn.Linear(4, 3)
+    layer.register_forward_hook(lambda module, given, out: 2 * out)
+    compiled = torch.compile(project, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(layer, x), layer(x))
+
+
+def test_an_exported_program_keeps_its_linear_layers() -> None:
+    class Projects(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return project(self.layer, x)
+
+    graph = torch.export.export(Projects(), (torch.randn(5, 4),)).graph
+    assert [str(node.target) for node in graph.nodes if node.op == "call_function"] == ["aten.linear.default"]
 
 
 @pytest.mark.parametrize("dispatcher", ["padded", "gshard"])
