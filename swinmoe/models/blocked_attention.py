@@ -58,7 +58,8 @@ def blocked_attention(
         (B, H, W, D). Gradients of `qkv`, `qkv_bias`, `bias` and `head_scale`.
 
     Raises:
-        NotImplementedError: in the backward pass, where second derivatives are asked for.
+        NotImplementedError: second derivatives were asked for; in the first backward pass (`create_graph=True`), and
+            where this is an operator of a graph, in the second.
     """
     wanted = (t is not None and t.requires_grad for t in (qkv, qkv_bias, bias, head_scale))
     training = torch.is_grad_enabled() and any(wanted)
@@ -293,24 +294,20 @@ def _by_window(head_scale: Tensor, like: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------- autograd, as a model runs
 
 
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """For the backward pass, from what `_forward` took and gave."""
+    _, _, bias, head_scale, index, _, window, _, training = inputs
+    if training:
+        ctx.save_for_backward(*output[1:], head_scale, index)
+        ctx.offsets, ctx.window = bias.shape, window
+
+
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        qkv: Tensor,
-        qkv_bias: Tensor | None,
-        bias: Tensor,
-        head_scale: Tensor | None,
-        index: Tensor,
-        mask: Tensor | None,
-        window: Sequence[int],
-        mask_value: float | None,
-        training: bool,
-    ) -> Tensor:
-        out, kept = _forward(qkv, qkv_bias, bias, head_scale, index, mask, window, mask_value, training)
-        if training:
-            ctx.save_for_backward(*kept, head_scale, index)
-            ctx.offsets, ctx.window = bias.shape, window
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        """Takes what `_forward` takes."""
+        out, kept = _forward(*given)
+        _keep(ctx, given, (out, *kept))
         return out
 
     @staticmethod
@@ -381,12 +378,6 @@ def _operator_backward_shapes(
         grad.new_empty(*offsets) if wanted[1] else grad.new_empty(0),
         grad.new_empty(0) if head_scale is None else torch.empty_like(head_scale),
     )
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, bias, head_scale, index, _, window, _, _ = inputs
-    ctx.save_for_backward(*output[1:], head_scale, index)
-    ctx.offsets, ctx.window = bias.shape, window
 
 
 def _back(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
