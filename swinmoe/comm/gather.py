@@ -25,8 +25,13 @@ def all_gather_rows(x: Tensor, group: Group, what: str = "gathering rows") -> Te
     """
     if group is None:
         return x
-    note("all_gather", what, group.size(), (group.size() - 1) * x.nbytes)
     gathered = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
-    with naming(what):
-        _gather(gathered, x.detach().contiguous(), group=group)
+    gather_into(gathered, x.detach().contiguous(), group, what)
     return gathered
+
+
+def gather_into(gathered: Tensor, x: Tensor, group: dist.ProcessGroup, what: str, *, waits: bool = True) -> Any:
+    """All ranks' `x` one after another in `gathered`; what to wait for, unless `waits`."""
+    note("all_gather", what, group.size(), (group.size() - 1) * x.nbytes)
+    with naming(what):
+        return _gather(gathered, x, group=group, async_op=not waits)

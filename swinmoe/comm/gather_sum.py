@@ -44,9 +44,7 @@ class _GatherPacked(torch.autograd.Function):
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         packed = torch.cat([grads[i].reshape(size, -1) for i in wanted], dim=1)
         total = packed.new_empty(packed.shape[1])
-        note("reduce_scatter", ctx.what, size, packed.nbytes * (size - 1) / size)
-        with naming(f"{ctx.what}: summing their gradients"):
-            _reduce_scatter(total, packed.view(-1), group=ctx.group)
+        sum_onto_owners(total, packed.view(-1), ctx.group, ctx.what, doing=f"{ctx.what}: summing their gradients")
         shares: list[Tensor | None] = [None] * len(grads)
         for i, share in zip(wanted, total.split([ctx.shapes[i].numel() for i in wanted]), strict=True):
             shares[i] = share.view(ctx.shapes[i])
@@ -63,3 +61,16 @@ def all_gather_sum(tensors: Sequence[Tensor], group: Group, what: str = "gatheri
         return [t.unsqueeze(0) for t in tensors]
     assert len({t.dtype for t in tensors}) == 1, f"tensors of several dtypes: {[t.dtype for t in tensors]}"
     return list(_GatherPacked.apply(group, what, *tensors))
+
+
+def sum_onto_owners(
+    share: Tensor, whole: Tensor, group: dist.ProcessGroup, what: str, *, doing: str | None = None, waits: bool = True
+) -> Any:
+    """This rank's part, (n,), of the sum of all ranks' `whole`, (G·n,), in `share`; what to wait for, unless `waits`.
+
+    Args:
+        doing: what an error says; None = `what`.
+    """
+    note("reduce_scatter", what, group.size(), (group.size() - 1) * share.nbytes)
+    with naming(doing or what):
+        return _reduce_scatter(share, whole, group=group, async_op=not waits)

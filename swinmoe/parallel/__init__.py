@@ -17,7 +17,7 @@ from swinmoe.parallel.expert_parameter import (
     is_expert_parameter,
     take_local,
 )
-from swinmoe.parallel.fsdp import shard_dense
+from swinmoe.parallel.fsdp import gathered_units, shard_dense
 from swinmoe.parallel.mesh import Mesh, make_mesh
 from swinmoe.parallel.offload import saved_on_host
 from swinmoe.parallel.optimizer import SplitOptimizer, holders_of, make_adamw
@@ -31,6 +31,7 @@ __all__ = [
     "cut_of",
     "expert_parameter_names",
     "gather_full",
+    "gathered_units",
     "global_min",
     "global_sum",
     "holders_of",

@@ -89,10 +89,13 @@ def make_adamw(groups: Groups, mesh: Mesh, **settings: Any) -> Optimizer:
         BackendUnavailableError: `parallel.zero` without FairScale.
     """
 
-    def make(own: Groups) -> Optimizer:
-        return AdamW(own, fused=True, **settings)
-
     everything = [p for group in groups for p in group["params"]]
+    # Without storage (`swinmoe plan --dry-run`) there is no kernel, and one by one is as good.
+    settings |= {"foreach": False} if any(p.is_meta for p in everything) else {"fused": True}
+
+    def make(own: Groups) -> Optimizer:
+        return AdamW(own, **settings)
+
     zero = mesh.config.zero and mesh.world > 1
     if not zero and not any(is_cut(p) for p in everything):
         return make(groups)

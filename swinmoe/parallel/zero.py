@@ -61,7 +61,7 @@ def shard_moments(
     with warnings.catch_warnings():
         # FairScale asks torch by a name that torch has put a warning on.
         warnings.filterwarnings("ignore", message=".*_get_global_rank", category=FutureWarning)
-        sharded = Sharded(ordered, optim=AdamW, group=group, fused=True, **settings)
+        sharded = Sharded(ordered, optim=AdamW, group=group, **settings)
     owner = {p: rank for rank, own in enumerate(sharded.partition_parameters()) for g in own for p in g["params"]}
     mine = [p for p, rank in owner.items() if rank == sharded.rank]
     return sharded, owner

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 
 from swinmoe.errors import DistributedError
@@ -31,3 +34,29 @@ def pretended_processes(world: int, rank: int = 0) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def shards_without_storage() -> Iterator[None]:
+    """Within it FSDP2 takes models on the meta device, where a real step would find nothing to compute with.
+
+    It wants to see such models filled before they train, and asks the device for streams, in which there would be
+    nothing to wait for; a CPU's, which do nothing, stand in for them.
+
+    Raises:
+        DistributedError: this torch's FSDP2 is built in another way.
+    """
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as built
+
+    group = getattr(built, "FSDPParamGroup", None)
+    if hasattr(torch, "meta") or not hasattr(group, "_validate_no_meta_params"):
+        raise DistributedError(
+            f"torch {torch.__version__} builds FSDP2 in another way than the dry run of parallel.shard_dense knows; "
+            "use torch 2.14 for it, or set parallel.shard_dense=false"
+        )
+    streams = SimpleNamespace(**{**vars(torch.cpu), "current_device": lambda: 0})
+    with (
+        patch.object(torch, "meta", streams, create=True),
+        patch.object(group, "_validate_no_meta_params", lambda self: None),
+    ):
+        yield

@@ -4,6 +4,7 @@ from swinmoe.train.arm import Arm, make_arm
 from swinmoe.train.evaluate import evaluate
 from swinmoe.train.job import Job
 from swinmoe.train.loop import fit
+from swinmoe.train.optim import make_optimizer, optimizer_groups
 from swinmoe.train.progress import Progress
 from swinmoe.train.resume import check_same, restore
 from swinmoe.train.schedule import Length, planned_steps
@@ -20,7 +21,9 @@ __all__ = [
     "evaluate",
     "fit",
     "make_arm",
+    "make_optimizer",
     "open_session",
+    "optimizer_groups",
     "planned_steps",
     "restore",
     "train",

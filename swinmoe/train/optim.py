@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.optim import Optimizer
 
@@ -27,7 +29,7 @@ def rate_scale(optim: OptimConfig, batch_size: int) -> float:
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig, mesh: Mesh | None = None) -> Optimizer:
-    """AdamW over all trainable parameters: two groups, with and without weight decay, or two for each layer.
+    """AdamW over the groups of `optimizer_groups`.
 
     `set_rate` gives every group its rate, at every step. `mesh` says who shares the moments (`parallel.zero`); None =
     nobody.
@@ -36,16 +38,25 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, mesh: Mesh | None = Non
         ConfigError: `layer_decay` for a model whose layers are not known.
         BackendUnavailableError: `parallel.zero` without FairScale.
     """
+    groups = optimizer_groups(model, optim)
+    return make_adamw(groups, mesh or Mesh(), lr=optim.base_lr, betas=optim.betas, eps=optim.eps)
+
+
+def optimizer_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """All trainable parameters: two groups, with and without weight decay, or two for each layer.
+
+    Raises:
+        ConfigError: `layer_decay` for a model whose layers are not known.
+    """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = _scale(model, name, optim.layer_decay)
             groups.setdefault((scale, decays(name, parameter)), []).append(parameter)
-    ordered = [
+    return [
         {"params": groups[scale, decay], "weight_decay": optim.weight_decay * decay, "rate_scale": scale}
         for scale, decay in sorted(groups, key=lambda key: (key[0], not key[1]))
     ]
-    return make_adamw(ordered, mesh or Mesh(), lr=optim.base_lr, betas=optim.betas, eps=optim.eps)
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:

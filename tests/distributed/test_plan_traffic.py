@@ -25,6 +25,7 @@ from swinmoe.profiling.forced import ForcedRouter
 from swinmoe.profiling.plan.hardware import load_hardware
 from swinmoe.profiling.plan.predict import Scene, spreads_of
 from swinmoe.profiling.plan.traffic import plan_traffic
+from swinmoe.train import make_optimizer
 
 pytestmark = pytest.mark.distributed
 
@@ -46,6 +47,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "weights": {"ep_size": 4, "weight_group": 4},
     "both, rounded": {"ep_size": 4, "weight_group": 2, "payload": "bf16"},
     "nothing": {"ep_size": 1},
+    "zero": {"ep_size": 2, "zero": True},
+    "fsdp": {"ep_size": 1, "shard_dense": True},
+    "fsdp, zero over replicas": {"ep_size": 2, "shard_dense": True, "zero": True},
 }
 
 
@@ -69,12 +73,14 @@ def heard(parallel: dict[str, Any], model: dict[str, Any]) -> dict[tuple[str, st
         forced.skew = 0.0
         layer.router = forced
     wrapped = wrap_data_parallel(raw, mesh)
+    optimizer = make_optimizer(unwrap(wrapped), run.optim, mesh)
 
     def step() -> None:
         output = wrapped(torch.randn(IMAGES, 3, *run.model.img_size))
         (output.logits.sum() + output.aux_loss).backward()
         sync_expert_gradients(unwrap(wrapped), mesh)
         clip_grad_norm(unwrap(wrapped), 1.0, mesh)
+        optimizer.step()
 
     step()  # DDP forms its buckets anew after the first pass
     with listen() as sent:
@@ -90,6 +96,5 @@ def heard(parallel: dict[str, Any], model: dict[str, Any]) -> dict[tuple[str, st
 def test_every_byte_is_planned(pool4: Pool, way: str, model: dict[str, Any]) -> None:
     run = run_of(WAYS[way], model)
     spreads = spreads_of(run, Scene(load_hardware("cpu"), WORLD, imbalance=1.0), IMAGES)
-    planned = plan_traffic(run.model, spreads, WORLD)
-    for sent in pool4.run(heard, WAYS[way], model):
-        assert sent == pytest.approx(planned)
+    for rank, sent in enumerate(pool4.run(heard, WAYS[way], model)):
+        assert sent == pytest.approx(plan_traffic(run, spreads, WORLD, rank))

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import isclose
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from swinmoe.comm import listen
 from swinmoe.config import RunConfig
@@ -27,6 +28,8 @@ from swinmoe.parallel import (
     Mesh,
     apply_expert_parallel,
     clip_grad_norm,
+    holders_of,
+    local_part,
     make_mesh,
     no_sync,
     sync_expert_gradients,
@@ -36,7 +39,9 @@ from swinmoe.profiling.plan.hardware import Hardware
 from swinmoe.profiling.plan.memory import kept_for_backward, plan_memory
 from swinmoe.profiling.plan.predict import Scene, images_per_micro_batch, setting, spreads_of
 from swinmoe.profiling.plan.traffic import plan_traffic
-from swinmoe.runtime.pretend import pretended_processes
+from swinmoe.profiling.plan.work import expert_layers
+from swinmoe.runtime.pretend import pretended_processes, shards_without_storage
+from swinmoe.train import make_optimizer
 
 EXACT = 1e-9
 ACTIVATIONS = 0.15
@@ -108,17 +113,18 @@ def _without_values(run: RunConfig, hardware: Hardware, world: int) -> tuple[Run
     """The config with everything that depends on values put aside, and what that is."""
     over: dict[str, Any] = {
         "train": {"precision": "fp32", "ema_decay": None, "offload_activations": False},
-        "parallel": {"zero": False, "shard_dense": False},
+        "parallel": {},
     }
     changes = [] if run.train.precision == "fp32" else [f"{run.train.precision} autocast (all is float32)"]
-    changes += [f"parallel.{key}" for key in ("zero", "shard_dense") if getattr(run.parallel, key)]
     moe = run.model.moe
     if moe is not None:
         policy = moe.capacity.train
-        if moe.dispatcher != "padded" or policy.kind != "fixed":
+        kinds = sorted({moe.capacity.of(layer.name).train.kind for layer in expert_layers(run.model)})
+        if moe.dispatcher != "padded" or kinds != ["fixed"]:
             fixed = {"kind": "fixed", "factor": 1.0, "min_slots": policy.min_slots}
-            over["model"] = {"moe": {"dispatcher": "padded", "capacity": {"train": fixed}}}
-            changes.append(f"dispatcher {moe.dispatcher}, capacity {policy.kind} (padded, slots of balanced routing)")
+            over["model"] = {"moe": {"dispatcher": "padded", "capacity": {"train": fixed, "layers": None}}}
+            said = " and ".join(kinds)
+            changes.append(f"dispatcher {moe.dispatcher}, capacity {said} (padded, slots of balanced routing)")
     if run.parallel.exchange == "2dh" and run.parallel.local_size is None:
         # of the node that is planned for, not of the machine that this runs on
         over["parallel"]["local_size"] = min(hardware.processes_per_node, run.parallel.ep_size)
@@ -129,7 +135,8 @@ def _look(run: RunConfig, hardware: Hardware, world: int, rank: int) -> Look:
     images = images_per_micro_batch(run, world)
     scene = Scene(replace(hardware, fused_attention=False), world)
     spreads = spreads_of(run, scene, images)
-    with pretended_processes(world, rank):
+    sharded = shards_without_storage() if run.parallel.shard_dense and world > 1 else nullcontext()
+    with pretended_processes(world, rank), sharded:
         mesh = make_mesh(run.parallel, run.model.moe.num_experts if run.model.moe else None)
         raw = build_model(run.model, device="meta")
         apply_expert_parallel(raw, mesh)
@@ -137,11 +144,11 @@ def _look(run: RunConfig, hardware: Hardware, world: int, rank: int) -> Look:
         model.train()
         pictures = torch.empty(images, run.model.in_chans, *run.model.img_size, device="meta")
         with listen() as sent:
-            kept, state = _step(raw, model, mesh, pictures, run)
+            kept, optimizer = _step(raw, model, mesh, pictures, run)
         heard: defaultdict[tuple[str, str], float] = defaultdict(float)
         for message in sent:
             heard[message.operation, message.what.split(": ")[-1]] += message.bytes
-        held = _held(raw, state)
+        held = _held(raw, optimizer, rank)
         look = Look(
             rank=rank,
             experts=_experts_of(mesh, run),
@@ -150,9 +157,9 @@ def _look(run: RunConfig, hardware: Hardware, world: int, rank: int) -> Look:
             checks=(),
         )
     at = setting(run, scene.hardware, images)
-    memory = plan_memory(run, spreads, at, world)
+    memory = plan_memory(run, spreads, at, world, rank)
     planned_kept = sum(kept_for_backward(run.model, spreads, at))
-    planned = plan_traffic(run.model, spreads, world, run.train.accumulation)
+    planned = plan_traffic(run, spreads, world, rank)
     checks = [
         Check("dense parameters, bytes", memory.dense, held["dense"]),
         Check("expert parameters, bytes", memory.experts, held["experts"]),
@@ -176,21 +183,22 @@ def _unsynchronised(model: nn.Module) -> nn.Module:
 
 def _step(
     raw: SwinTransformer, model: nn.Module, mesh: Mesh, pictures: Tensor, run: RunConfig
-) -> tuple[float, Mapping[Tensor, Any]]:
-    """One optimiser step; bytes kept for the backward pass of one micro-batch, and the optimiser's state."""
-    optimizer = torch.optim.AdamW((p for p in raw.parameters() if p.requires_grad), foreach=False)
+) -> tuple[float, Optimizer]:
+    """One optimiser step; bytes kept for the backward pass of one micro-batch, and the optimiser."""
+    optimizer = make_optimizer(raw, run.optim, mesh)
     kept = 0.0
     for micro in range(run.train.accumulation):
         last = micro + 1 == run.train.accumulation
         with _summing(model, last), _counted(raw) as storages:
             output = model(pictures)
             loss = output.logits.sum() + output.aux_loss
-            kept = float(sum(storages.values()))
+            # now, not as they were met: FSDP2 has emptied those of weights that it gathers again
+            kept = float(sum(storage.nbytes() for storage in storages.values()))
             loss.backward()
     sync_expert_gradients(raw, mesh)
     clip_grad_norm(raw, run.optim.clip_grad_norm, mesh)
     optimizer.step()
-    return kept, optimizer.state
+    return kept, optimizer
 
 
 @contextmanager
@@ -203,32 +211,33 @@ def _summing(model: nn.Module, last: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _counted(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Bytes of every storage saved for the backward pass, by identity; parameters and buffers apart."""
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    seen: dict[int, int] = {}
-    alive = []  # so that no identity is used twice
+def _counted(model: nn.Module) -> Iterator[dict[int, UntypedStorage]]:
+    """Every storage saved for the backward pass, by identity; parameters and buffers apart."""
+    own = {local_part(t).untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    seen: dict[int, UntypedStorage] = {}  # kept alive, so that no identity is used twice
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            seen[storage._cdata] = storage.nbytes()
-            alive.append(storage)
+            seen[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield seen
 
 
-def _held(model: SwinTransformer, state: Mapping[Tensor, Any]) -> dict[str, float]:
-    """Bytes of parameters, gradients and moments."""
+def _held(model: SwinTransformer, optimizer: Optimizer, rank: int) -> dict[str, float]:
+    """Bytes of parameters, gradients and moments that are here."""
     found: Counter[str] = Counter()
-    experts = {id(p) for layer in model.moe_layers().values() for p in layer.experts.parameters()}
+    experts = {p for layer in model.moe_layers().values() for p in layer.experts.parameters()}
     for parameter in model.parameters():
-        found["experts" if id(parameter) in experts else "dense"] += parameter.nbytes
+        found["experts" if parameter in experts else "dense"] += local_part(parameter).nbytes
         if parameter.grad is not None:
-            found["gradients"] += parameter.grad.nbytes
-        found["moments"] += sum(t.nbytes for t in state.get(parameter, {}).values() if t.dim())
+            found["gradients"] += local_part(parameter.grad).nbytes
+        holders = holders_of(optimizer, parameter)
+        if holders is None or rank in holders:  # else its state has names and shapes alone
+            state = optimizer.state.get(parameter, {})
+            found["moments"] += sum(local_part(t).nbytes for t in state.values() if t.dim())
     return {key: float(found[key]) for key in ("dense", "experts", "gradients", "moments")}
 
 

@@ -3,8 +3,9 @@
 Legend as in `work`: b images, P and T tokens of padded map and map, D width, F hidden width, S attention weights of an
 image, N rows of an expert layer; w and p bytes of an element on the main branch and in products.
 
-Parameters, gradients and moments are exact. Activations are what autograd keeps for the backward pass, tensor by tensor
-of the operators as they are written; what an operator needs only while it runs is in `transient`.
+Parameters, gradients and moments are exact, under ZeRO and FSDP2 too. Activations are what autograd keeps for the
+backward pass, tensor by tensor of the operators as they are written; what an operator needs only while it runs is in
+`transient`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from swinmoe.config import ModelConfig, RunConfig, resolve_style
 from swinmoe.models.counts import CPB_HIDDEN, count, stage_grids
 from swinmoe.models.position import num_offsets
 from swinmoe.profiling.plan.spread import Spread
+from swinmoe.profiling.plan.tensors import largest_unit, shares_of, units_of
 from swinmoe.profiling.plan.work import Setting
 
 
@@ -52,7 +54,7 @@ def params_here(config: ModelConfig, spreads: list[Spread]) -> tuple[float, floa
     return counts.total - routed, here, counts.total - routed + here - frozen * (here / routed if routed else 1.0)
 
 
-def plan_memory(run: RunConfig, spreads: list[Spread], at: Setting, world: int) -> Memory:
+def plan_memory(run: RunConfig, spreads: list[Spread], at: Setting, world: int, rank: int | None = None) -> Memory:
     """What one rank needs at the end of a micro-batch's forward pass, when most is alive.
 
     Args:
@@ -61,16 +63,11 @@ def plan_memory(run: RunConfig, spreads: list[Spread], at: Setting, world: int) 
         spreads: of its expert layers, in order.
         at: micro-batch and precision.
         world: ranks.
+        rank: whose; None = one that has most of each class.
     """
     config, parallel = run.model, run.parallel
-    dense, experts, trained = params_here(config, spreads)
-    trained_experts = max(0.0, trained - dense)
-    ep = parallel.ep_size if spreads else 1
-    # Experts that every rank holds whole are dense parameters to ZeRO and to FSDP
-    shards = world if parallel.shard_dense else 1
-    expert_shards = shards if ep == 1 else 1
-    halves = world if parallel.zero else shards
-    expert_halves = (world // ep if parallel.zero else 1) if ep > 1 else halves
+    dense, experts, _ = params_here(config, spreads)
+    shares = shares_of(run, spreads, world, rank)
     kept, rows = kept_for_backward(config, spreads, at)
     if run.train.offload_activations:
         kept = rows = 0.0
@@ -79,16 +76,21 @@ def plan_memory(run: RunConfig, spreads: list[Spread], at: Setting, world: int) 
     casts = (dense + experts) * at.narrow if at.narrow != at.wide else 0.0
     if config.recomputes_all:
         casts /= per_block
-    unsharded = at.wide * 2 * dense / per_block if parallel.shard_dense else 0.0
+    unsharded = 0.0
+    if parallel.shard_dense and world > 1:
+        # a unit whole, and the next one on its way; gradients whole too until the last micro-batch has added to them
+        unsharded = 2.0 * largest_unit(run, spreads)
+        if run.train.accumulation > 1:
+            unsharded += sum(t.size for unit in units_of(run, spreads) for t in unit if t.group is not None)
     copies = 2 + (run.train.ema_decay is not None)
     return Memory(
-        dense=at.wide * dense / shards,
-        experts=at.wide * experts / expert_shards,
-        gradients=at.wide * (dense / shards + trained_experts / expert_shards),
-        moments=at.wide * copies * (dense / halves + trained_experts / expert_halves),
+        dense=at.wide * shares.dense,
+        experts=at.wide * shares.experts,
+        gradients=at.wide * shares.gradients,
+        moments=at.wide * copies * shares.moments,
         activations=kept,
         dispatch=rows + moved,
-        transient=_running(config, spreads, at) + casts + unsharded,
+        transient=_running(config, spreads, at) + casts + at.wide * unsharded,
     )
 
 

@@ -15,10 +15,11 @@ from swinmoe.config import RunConfig
 from swinmoe.errors import ConfigError
 from swinmoe.models.counts import count
 from swinmoe.profiling.plan.cost import Cost
-from swinmoe.profiling.plan.exchange import all_reduce, layout
+from swinmoe.profiling.plan.exchange import Layout, all_gather, all_reduce, layout
 from swinmoe.profiling.plan.hardware import Hardware
-from swinmoe.profiling.plan.memory import Memory, kept_for_backward, params_here, plan_memory
+from swinmoe.profiling.plan.memory import Memory, kept_for_backward, plan_memory
 from swinmoe.profiling.plan.spread import Spread, needs_padding
+from swinmoe.profiling.plan.tensors import shares_of, units_of
 from swinmoe.profiling.plan.traffic import plan_traffic
 from swinmoe.profiling.plan.work import Setting, expert_layers, parts
 
@@ -104,23 +105,25 @@ def spreads_of(run: RunConfig, scene: Scene, images: int) -> list[Spread]:
     if scene.world % ep:
         raise ConfigError(f"parallel.ep_size={ep} does not divide {scene.world} ranks; use a divisor of {scene.world}")
     run.parallel.check_experts(moe.num_experts)
-    padded = needs_padding(moe.dispatcher, scene.hardware.device, moe.capacity.train.kind)
     at = setting(run, scene.hardware, images)
-    node = scene.hardware.processes_per_node
-    return [
-        Spread(
-            layer,
-            moe,
-            run.parallel,
-            at,
-            padded,
-            scene.world,
-            node,
-            imbalance=scene.imbalance,
-            recomputed=run.model.recomputes(layer.stage),
+    spreads = []
+    for layer in expert_layers(run.model):
+        own = replace(moe, capacity=moe.capacity.of(layer.name))
+        padded = needs_padding(moe.dispatcher, scene.hardware.device, own.capacity.train.kind)
+        spreads.append(
+            Spread(
+                layer,
+                own,
+                run.parallel,
+                at,
+                padded,
+                scene.world,
+                scene.hardware.processes_per_node,
+                imbalance=scene.imbalance,
+                recomputed=run.model.recomputes(layer.stage),
+            )
         )
-        for layer in expert_layers(run.model)
-    ]
+    return spreads
 
 
 def setting(run: RunConfig, hardware: Hardware, images: int) -> Setting:
@@ -146,10 +149,10 @@ def predict(run: RunConfig, scene: Scene) -> Prediction:
     layers = [spread.seconds(hardware, here) for spread in spreads]
     moe, waiting, computing = (sum(layer[i] for layer in layers) for i in range(3))
     A = run.train.accumulation
-    sync = exposed_sync(run, scene, spreads, back + sum(layer[2] for layer in layers) / 2)
+    sync = exposed_sync(run, scene, spreads, ahead + computing / 2, back + computing / 2)
     update = hardware.seconds(update_work(run, spreads, scene), precision, here)
     memory = plan_memory(run, spreads, setting(run, hardware, images), world)
-    sent = plan_traffic(run.model, spreads, world, A)
+    sent = plan_traffic(run, spreads, world)
     return Prediction(
         world=world,
         images=run.train.batch_size,
@@ -188,43 +191,70 @@ def dense_work(run: RunConfig, hardware: Hardware, images: int) -> tuple[Cost, C
 def update_work(run: RunConfig, spreads: list[Spread], scene: Scene) -> Cost:
     """Norm and clipping of gradients, AdamW; a moving average where there is one.
 
-    AdamW reads parameter, gradient and both moments and writes all but the gradient: 7 passes; the norm 1, clipping 2,
-    the average 3.
+    AdamW reads parameter, gradient and both moments and writes all but the gradient: 7 passes over what this rank
+    steps; over what it keeps, the norm 1, clipping 2, the average 3.
     """
-    _, _, trained = params_here(run.model, spreads)
-    shard = scene.world if run.parallel.zero or run.parallel.shard_dense else 1
+    shares = shares_of(run, spreads, scene.world)
     wide = 8 if run.train.precision == "fp64" else 4
-    passes = 7 / shard + 3 + (3 if run.train.ema_decay is not None else 0)
-    return Cost(update=passes * wide * trained, calls=40)
+    passes = 3 + (3 if run.train.ema_decay is not None else 0)
+    return Cost(update=wide * (7 * shares.moments + passes * shares.gradients), calls=40)
 
 
-def exposed_sync(run: RunConfig, scene: Scene, spreads: list[Spread], backward: float) -> float:
-    """Seconds of gradient sums that nothing hides, and of the collectives that shards of parameters need."""
-    hardware, world = scene.hardware, scene.world
+def exposed_sync(run: RunConfig, scene: Scene, spreads: list[Spread], forward: float, backward: float) -> float:
+    """Seconds of gradient sums that nothing hides, and of the collectives that shards of parameters need.
+
+    Args:
+        forward: seconds of computing in a micro-batch's forward pass.
+        backward: and in its backward pass.
+    """
+    hardware, world, parallel = scene.hardware, scene.world, run.parallel
     if world == 1:
         return 0.0
     wide, node = (8 if run.train.precision == "fp64" else 4), hardware.processes_per_node
-    counts = count(run.model)
-    ep = run.parallel.ep_size if spreads else 1
-    routed = sum(s.layer.num_experts * s.layer.expert_params for s in spreads)
-    dense = wide * (counts.trainable - (routed if ep > 1 else 0))
+    ep = parallel.ep_size if spreads else 1
     everyone = layout(world, 1, node)
-    times = bucketed(dense, everyone, hardware)
-    if run.parallel.shard_dense:
-        times *= 1.5  # gathered twice and scattered once, where a sum is one of each
-    elif run.parallel.zero:
-        times += bucketed(dense, everyone, hardware) / 2  # parameters travel back from their shards
+    after = 0.0
+    if parallel.shard_dense:
+        times, last = _units(run, spreads, everyone, hardware, wide)
+        behind = run.train.accumulation * (forward + backward)
+        after += all_reduce(everyone, wide, hardware)  # the norm, of which every rank has some rows' share
+    else:
+        routed = sum(s.layer.num_experts * s.layer.expert_params for s in spreads)
+        dense = wide * (count(run.model).trainable - (routed if ep > 1 else 0))
+        times, last = (bucketed(size, everyone, hardware) for size in (dense, min(dense, BUCKET_BYTES)))
+        behind = backward
+        if ep > 1:
+            after += all_reduce(everyone, wide, hardware)
     if ep > 1 and world > ep:
         replicas = layout(world // ep, ep, node)
         # the ranks of a node share its adapters: their groups of replicas sum at the same time
         times += sum(all_reduce(replicas, wide * s.params_here, hardware) for s in spreads)
-    last = bucketed(min(dense, BUCKET_BYTES), everyone, hardware)
-    hidden = min(max(0.0, times - last), hardware.overlap.value * backward)
-    small = all_reduce(everyone, wide, hardware) if ep > 1 else 0.0
-    return times - hidden + small
+    if parallel.zero:
+        # Parameters travel from who stepped them when all else is done, like a gather of shares
+        for size, at in zip(
+            shares_of(run, spreads, world).updated, (everyone, layout(world // ep, ep, node)), strict=True
+        ):
+            after += all_gather(at, wide * size / at.ranks, hardware) if size else 0.0
+    hidden = min(max(0.0, times - last), hardware.overlap.value * behind)
+    return times - hidden + after
 
 
-def bucketed(size: float, at: Any, hardware: Hardware) -> float:
+def _units(
+    run: RunConfig, spreads: list[Spread], everyone: Layout, hardware: Hardware, wide: int
+) -> tuple[float, float]:
+    """Seconds of FSDP2's messages: each unit gathered forward and backward of every micro-batch, its gradients summed
+    once; and of those that have nothing to hide behind, the first gather and the last sum."""
+    whole = longest = 0.0
+    for unit in units_of(run, spreads):
+        gather = all_gather(everyone, wide * sum(t.rows(everyone.ranks) for t in unit), hardware)
+        trained = sum(t.rows(everyone.ranks) for t in unit if t.group is not None)
+        scatter = all_gather(everyone, wide * trained, hardware)
+        whole += 2 * run.train.accumulation * gather + scatter
+        longest = max(longest, gather + scatter)
+    return whole, longest
+
+
+def bucketed(size: float, at: Layout, hardware: Hardware) -> float:
     """Seconds of summing `size` bytes over a group, bucket by bucket."""
     whole, rest = divmod(size, BUCKET_BYTES)
     return whole * all_reduce(at, BUCKET_BYTES, hardware) + (all_reduce(at, rest, hardware) if rest else 0.0)

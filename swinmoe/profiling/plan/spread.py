@@ -32,6 +32,7 @@ class Spread:
 
     layer: ExpertLayer
     moe: MoEConfig
+    """With this layer's own capacity."""
     parallel: ParallelConfig
     at: Setting
     padded: bool

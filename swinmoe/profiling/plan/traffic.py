@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 
-from swinmoe.config import BalanceLossConfig, ModelConfig
+from swinmoe.config import BalanceLossConfig, RunConfig
 from swinmoe.models.counts import count
 from swinmoe.profiling.plan.spread import Spread
+from swinmoe.profiling.plan.tensors import shares_of, units_of
 
 SUMS: Mapping[str, tuple[tuple[str, int], ...]] = {
     "gshard": (("tokens", 0), ("probs", 1), ("top1", 1)),
@@ -33,31 +34,56 @@ def loss_sums(losses: BalanceLossConfig, num_experts: int) -> int:
 
 
 def plan_traffic(
-    config: ModelConfig, spreads: list[Spread], world: int, micro_batches: int = 1
+    run: RunConfig, spreads: list[Spread], world: int, rank: int | None = None
 ) -> dict[tuple[str, str], float]:
-    """(operation, what) -> bytes that this rank sends to others in a step of plain data and expert parallelism (ZeRO's
-    and FSDP's own messages are not in it); nothing that is zero.
+    """(operation, what) -> bytes that a rank sends to others in a step; nothing that is zero.
 
     Names are those that `comm.listen` gives, without the layer's.
+
+    Args:
+        run: the config.
+        spreads: of its expert layers.
+        world: ranks.
+        rank: whose; None = one that sends most. Under ZeRO they differ by what they step.
     """
     sent: dict[tuple[str, str], float] = defaultdict(float)
     if world == 1:
         return {}
-    trainable = count(config).trainable
+    micro_batches, parallel = run.train.accumulation, run.parallel
     for spread in spreads:
         for key, value in _layer(spread, world).items():
             sent[key] += micro_batches * value
-    ep = spreads[0].parallel.ep_size if spreads else 1
+    ep = parallel.ep_size if spreads else 1
     moved = _trained_experts(spreads)
-    dense = trainable - (sum(s.parallel.ep_size * n for s, n in zip(spreads, moved, strict=True)) if ep > 1 else 0)
-    wide = spreads[0].at.wide if spreads else 4
-    sent["all_reduce", "summing dense gradients"] = 2 * dense * wide * (world - 1) / world
+    wide = 8 if run.train.precision == "fp64" else 4
+    if parallel.shard_dense:
+        gathered, summed = _fsdp(run, spreads, world)
+        sent["all_gather", "gathering dense parameters"] = 2 * micro_batches * wide * gathered
+        sent["reduce_scatter", "summing dense gradients"] = wide * summed
+    else:
+        whole = sum(s.parallel.ep_size * n for s, n in zip(spreads, moved, strict=True)) if ep > 1 else 0
+        dense = count(run.model).trainable - whole
+        sent["all_reduce", "summing dense gradients"] = 2 * dense * wide * (world - 1) / world
     if ep > 1:
         replicas = world // ep
         total = wide * sum(moved)
         sent["all_reduce", "summing expert gradients over replicas"] = 2 * total * (replicas - 1) / replicas
+    if ep > 1 or parallel.shard_dense:
         sent["all_reduce", "clipping"] = 2 * wide * (world - 1) / world
+    if parallel.zero:
+        to_all, to_replicas = shares_of(run, spreads, world, rank).stepped
+        what = "sending updated parameters to the ranks that did not step them"
+        sent["broadcast", what] = wide * (to_all * (world - 1) + to_replicas * (world // ep - 1))
     return {key: value for key, value in sent.items() if value}
+
+
+def _fsdp(run: RunConfig, spreads: list[Spread], world: int) -> tuple[float, float]:
+    """Numbers that a rank sends when all units are gathered once, and when their gradients are summed: every rank sends
+    as many rows of a tensor as the one that keeps most of them."""
+    tensors = [tensor for unit in units_of(run, spreads) for tensor in unit]
+    gathered = sum(t.rows(world) for t in tensors)
+    summed = sum(t.rows(world) for t in tensors if t.group is not None)
+    return (world - 1) * gathered, (world - 1) * summed
 
 
 def _trained_experts(spreads: list[Spread]) -> list[float]:

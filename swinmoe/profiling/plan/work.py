@@ -52,6 +52,11 @@ class ExpertLayer:
     """Numbers in an expert's biases."""
 
     @property
+    def name(self) -> str:
+        """As the model's configuration and its records name it."""
+        return f"layers.{self.stage}.blocks.{self.block}.mlp"
+
+    @property
     def expert_params(self) -> int:
         """Numbers in one expert, whole."""
         return self.dim * (self.fc1_rows + self.hidden) + self.biases

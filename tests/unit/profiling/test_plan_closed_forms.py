@@ -93,6 +93,11 @@ WAYS = {
     "slices": {"ep_size": 8},
     "slices joined": {"ep_size": 8, "weight_group": 2},
     "replicas only": {"ep_size": 1},
+    "zero": {"ep_size": 1, "zero": True},
+    "zero beside tokens": {"ep_size": 2, "zero": True},
+    "fsdp": {"ep_size": 1, "shard_dense": True},
+    "fsdp beside tokens": {"ep_size": 4, "shard_dense": True},
+    "fsdp, zero over replicas": {"ep_size": 2, "shard_dense": True, "zero": True},
 }
 MODELS = {
     "v1": {"style": "v1"},
@@ -112,7 +117,8 @@ MODELS = {
 }
 
 
-CASES = [("v1", way) for way in WAYS] + [(model, way) for model in [*MODELS][1:] for way in ("tokens", "weights")]
+OFTEN = ("tokens", "weights", "zero beside tokens", "fsdp", "fsdp beside tokens")
+CASES = [("v1", way) for way in WAYS] + [(model, way) for model in [*MODELS][1:] for way in OFTEN]
 
 
 @pytest.mark.parametrize(("model", "way"), CASES)
@@ -130,6 +136,25 @@ def test_a_dense_run_and_its_micro_batches_are_as_planned() -> None:
     assert found.holds
     messages = {check.what for check in found.looks[0].checks if ":" in check.what}
     assert messages == {"all_reduce: summing dense gradients, bytes"}
+
+
+@pytest.mark.parametrize("parallel", [{"shard_dense": True}, {"zero": True}, {"zero": True, "shard_dense": True}])
+def test_what_ranks_share_is_as_planned_in_micro_batches_too(parallel: dict[str, bool]) -> None:
+    tree = {"model": SPARSE, "parallel": {"ep_size": 2, **parallel}, "train": {"batch_size": 64, "accumulation": 2}}
+    found = dry_run(build(RunConfig, tree), load_hardware("cpu"), 8)
+    assert found.holds, [(look.rank, check) for look in found.looks for check in look.checks if not check.holds]
+    assert not any("parallel" in words for words in found.set_aside)
+
+
+def test_layers_with_capacities_of_their_own_are_as_planned() -> None:
+    """Slots that travel and activations differ by layer; nothing is put aside."""
+    fixed = {"kind": "fixed", "factor": 1.0}
+    layers = {"layers.1.blocks.1.mlp": {"train": {"kind": "fixed", "factor": 3.0}}}
+    moe = {"num_experts": 4, "dispatcher": "padded", "capacity": {"train": fixed, "layers": layers}}
+    tree = {"model": {**SPARSE, "moe": moe}, "parallel": {"ep_size": 4}, "train": {"batch_size": 64}}
+    found = dry_run(build(RunConfig, tree), load_hardware("cpu"), 8)
+    assert found.holds, [(look.rank, check) for look in found.looks for check in look.checks if not check.holds]
+    assert found.set_aside == ()
 
 
 def test_a_thousand_ranks() -> None:
