@@ -229,7 +229,7 @@ def show(lines: list[Line], console: Console) -> None:
         if line.get("exchange_ms") is not None:
             console.print(
                 f"{line['name']}: exchange alone {line['exchange_ms']:.2f} ms; exposed {line['exposed_ms']:.2f}, "
-                f"hidden {line['hidden_ms']:.2f}; {line['bytes_sent'] / 1e6:.2f} MB sent by a rank of "
+                f"hidden {line['hidden_ms']:.2f}; {line['exchange_bytes'] / 1e6:.2f} MB sent by a rank of "
                 f"{line['ranks']}, {line['bandwidth'] / 1e6:.1f} MB/s",
                 markup=False,
                 soft_wrap=True,

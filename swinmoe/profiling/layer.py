@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swinmoe.comm import listen
 from swinmoe.config.profile import LayerSweepConfig, LayerWorkload
 from swinmoe.errors import BackendUnavailableError, ConfigError
-from swinmoe.moe import ExpertRows, ExpertWeights, MoEMlp, phases
+from swinmoe.moe import MoEMlp, phases
 from swinmoe.parallel import Mesh, apply_expert_parallel, global_sum, make_mesh, no_sync
 from swinmoe.profiling.breakdown import Watched, in_exchange, mean_breakdown
 from swinmoe.profiling.clock import Step, Timing, take_turns
+from swinmoe.profiling.exchange_alone import bytes_sent, compare_alone, exchange_alone, watch_passages
 from swinmoe.profiling.flops import Rows, layer_flops, mlp_flops
 from swinmoe.profiling.forced import ForcedRouter
 from swinmoe.profiling.gemm import gemm_rate, gemm_steps
@@ -172,7 +172,7 @@ class _Bench:
         router.skew = chosen
         self._count(case, x)
         if w.ep_size > 1:
-            case.alone = self._exchange_step(case, x)
+            case.alone = exchange_alone(watch_passages(step, [layer]))
         return case
 
     def _tokens(self, w: LayerWorkload) -> tuple[Tensor, Tensor]:
@@ -222,23 +222,6 @@ class _Bench:
             y.backward(slope.to(y.dtype))
 
         return (train if self.config.backward else infer), dense, x
-
-    def _exchange_step(self, case: _Case, x: Tensor) -> Step:
-        """The same rows out and back with nothing done to them in between, forward and backward."""
-        layer, training = case.layer, self.config.backward
-        with torch.no_grad(), self._autocast(case.workload):
-            routing, plan, route, _ = layer.assign(x.detach(), None)
-            rows = layer.dispatcher.scatter(x.detach(), routing, plan)
-        sent = rows.rows.detach().requires_grad_(training)
-        slope = torch.randn_like(sent)
-
-        def exchange() -> None:
-            with no_sync(layer), torch.set_grad_enabled(training), self._autocast(case.workload):
-                out = layer.execution.run(ExpertRows(sent, rows.counts), route, layer.experts.weights(), _echo)
-                if training:
-                    out.backward(slope.to(out.dtype))
-
-        return exchange
 
     def _count(self, case: _Case, x: Tensor) -> None:
         """Rows of a step, over all ranks."""
@@ -331,9 +314,6 @@ class _Bench:
             masks=w.dispatcher == "gshard",
         )
         seconds = timing.median / 1000
-        with listen() as heard:
-            case.step()
-        sent = float(global_sum(torch.tensor(sum(m.bytes for m in heard)), mesh)) / mesh.world
         line: Line = {
             "what": "layer",
             "name": case.name,
@@ -345,6 +325,7 @@ class _Bench:
             "exposed_ms": None,
             "hidden_ms": None,
             "exchange_ms": None,
+            "exchange_bytes": None,
             "balanced_ms": None if balanced is None else balanced.median,
             "rows": asdict(case.rows),
             "flops": flops.as_json(),
@@ -353,21 +334,13 @@ class _Bench:
                 "model": flops.model / mesh.world / seconds / rate,
                 "hardware": flops.hardware / mesh.world / seconds / rate,
             },
-            "bytes_sent": sent,
+            "bytes_sent": bytes_sent(case.step, mesh),
             "bandwidth": None,
             "ranks": mesh.ep_size,
         }
         if case.alone is not None:
-            alone, exposed = taken[f"{case.name}: exchange"].median, in_exchange(breakdown)
-            with listen() as heard:
-                case.alone()
-            moved = float(global_sum(torch.tensor(sum(m.bytes for m in heard)), mesh)) / mesh.world
-            line |= {
-                "exposed_ms": exposed,
-                "hidden_ms": max(0.0, alone - exposed),
-                "exchange_ms": alone,
-                "bandwidth": moved / (alone / 1000),
-            }
+            timed = taken[f"{case.name}: exchange"]
+            line |= compare_alone(case.alone, timed, in_exchange(breakdown), mesh)
         x, slope = self._tokens(w)
         step = self._layer_step(case.layer, w, x, slope)
         case.step()  # sets the router's skew as the workload has it
@@ -391,22 +364,3 @@ class _Bench:
             "payload": w.payload,
             "skew": w.skew,
         } | self._shape(w)
-
-
-class _Echo(torch.autograd.Function):
-    """Rows come back as they are. Weights that were gathered get zeros, so that their way back is travelled too."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, *weights: Tensor) -> Tensor:
-        ctx.weights = [(w.shape, w.dtype, w.device) for w in weights]
-        return rows.view_as(rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.weights)
-
-
-def _echo(rows: Tensor, segments: Tensor | None, w: ExpertWeights) -> Tensor:
-    gathered = [t for t in (w.fc1, w.b1, w.fc2, w.b2) if t is not None and not t.is_leaf]
-    out: Tensor = _Echo.apply(rows, *gathered)
-    return out

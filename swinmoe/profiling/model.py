@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swinmoe.comm import all_reduce_max, listen
+from swinmoe.comm import all_reduce_max
 from swinmoe.config import ModelConfig, RunConfig
 from swinmoe.config.io import with_overrides
 from swinmoe.data import Batch
@@ -31,6 +31,7 @@ from swinmoe.moe import MoEMlp, RoutingStats, capacity, phases
 from swinmoe.parallel import Mesh, global_sum, make_mesh
 from swinmoe.profiling.breakdown import Watched, in_exchange, mean_breakdown
 from swinmoe.profiling.clock import Step, Timing, take_turns
+from swinmoe.profiling.exchange_alone import bytes_sent, compare_alone, exchange_alone, watch_passages
 from swinmoe.profiling.flops import Rows
 from swinmoe.profiling.forced import ForcedRouter
 from swinmoe.profiling.gemm import gemm_rate, gemm_steps
@@ -56,6 +57,8 @@ class _Subject:
     watched: Watched
     routers: list[ForcedRouter]
     batches: list[Batch]
+    alone: Step | None
+    """The exchanges of a step by themselves, where experts are spread."""
 
 
 def profile_model(
@@ -104,6 +107,8 @@ class _Bench:
             arms[f"{subject.name}: phases"] = subject.watched
             if subject.routers:
                 arms[f"{subject.name}: balanced"] = _balanced(subject)
+            if subject.alone is not None:
+                arms[f"{subject.name}: exchange"] = subject.alone
         self.say(f"{len(arms)} steps take turns, {self.rounds} rounds: {'; '.join(s.name for s in pair)}")
         with ExitStack() as marked:
             for subject in pair:
@@ -120,14 +125,15 @@ class _Bench:
         run = still(run)
         mesh = make_mesh(run.parallel, run.model.moe.num_experts if run.model.moe else None)
         arm = make_arm(name, run, mesh, accelerator, Length(steps=10**9), 10**9)
-        routers = []
-        for layer in arm.raw.moe_layers().values():
+        layers, routers = list(arm.raw.moe_layers().values()), []
+        for layer in layers:
             forced = ForcedRouter(layer.router, layer.cfg.router.normalize_gates)
             layer.add_module("router", forced)
             routers.append(forced)
         batches = [place(batch, self.device, run.train.precision) for batch in random_batches(run, mesh)]
         step = self._step(arm, batches)
-        return _Subject(name, arm, step, Watched(step, self.device), routers, batches)
+        alone = exchange_alone(watch_passages(step, layers)) if mesh.ep_size > 1 and layers else None
+        return _Subject(name, arm, step, Watched(step, self.device), routers, batches, alone)
 
     def _step(self, arm: Arm, batches: list[Batch]) -> Step:
         if self.backward:
@@ -157,9 +163,6 @@ class _Bench:
         routing = self._routing(subject)
         rows = count_rows(arm.raw.moe_layers(), routing, mesh, training=self.backward)
         flops = model_flops(arm.counts, rows, run, backward=self.backward)
-        with listen() as heard:
-            subject.step()
-        sent = float(global_sum(torch.tensor(sum(m.bytes for m in heard)), mesh)) / mesh.world
         images = run.train.batch_size
         memory = peak_memory(
             subject.step,
@@ -167,7 +170,7 @@ class _Bench:
             optimizer=arm.optimizer if self.backward else None,
             inputs=[batch.images for batch in subject.batches],
         )
-        return {
+        line: Line = {
             "what": "model",
             "name": subject.name,
             "variant": variant_of(run, mesh, self.backward),
@@ -175,18 +178,23 @@ class _Bench:
             "ms": timing.as_json() | {"p95": timing.percentile(95), "images_per_second": images / seconds},
             "phases": breakdown,
             "instrumented_ms": sum(sum(own.values()) for own in breakdown.values()),
-            "exposed_ms": in_exchange(breakdown) if mesh.ep_size > 1 and routing else None,
+            "exposed_ms": None,
             "hidden_ms": None,
+            "exchange_ms": None,
+            "exchange_bytes": None,
             "balanced_ms": None if balanced is None else balanced.median,
             "rows": asdict(rows) if routing else None,
             "flops": flops,
             "gemm_flops_per_second": rate,
             "utilisation": {key: flops[key] / mesh.world / seconds / rate for key in ("model", "hardware")},
-            "bytes_sent": sent,
+            "bytes_sent": bytes_sent(subject.step, mesh),
             "bandwidth": None,
             "ranks": mesh.ep_size if routing else 1,
             "memory": worst_memory(memory, mesh),
         }
+        if subject.alone is not None:
+            line |= compare_alone(subject.alone, taken[f"{subject.name}: exchange"], in_exchange(breakdown), mesh)
+        return line
 
 
 def _balanced(subject: _Subject) -> Step:

@@ -38,13 +38,15 @@ are over all ranks, bytes those of one (the mean, for memory the one with the hi
 - phases: {pass: {phase: ms}}, passes `forward`, `backward`, of a model `update`; phases route, scatter, exchange_out,
   experts, exchange_back, gather, other; of a model also attention, mlp (dense ones), optimizer. instrumented_ms: their
   sum, the same step with its phases marked
-- exchange_ms: the same rows' exchange alone, forward and backward; exposed_ms: the step's time in exchanges (copies,
-  launches, waiting, for slower ranks too); hidden_ms: max(0, exchange_ms - exposed_ms), what other work covered
+- exchange_ms: the same rows' exchange alone, forward and backward; of a model those of all layers and micro-batches one
+  after another, recomputed passes too; exposed_ms: the step's time in exchanges (copies, launches, waiting, for slower
+  ranks too); hidden_ms: max(0, exchange_ms - exposed_ms), what other work covered
 - balanced_ms: the same step with balance forced
 - rows {routed, kept, computed}: choices, those not dropped, rows that experts multiplied (with padding)
 - flops {model, hardware, dense_equivalent}; gemm_flops_per_second (of a bare product in the same rounds);
   utilisation {model, hardware}: FLOPs over ranks, time and that rate
-- bytes_sent: to other ranks, of one step; bandwidth: bytes per second of the exchange alone; ranks: of its group
+- bytes_sent: to other ranks, of one step (counts, statistics and a model's sums of gradients too); exchange_bytes: of
+  the exchange alone; bandwidth: those per second of exchange_ms; ranks: of its group
 - memory {dense, experts, optimizer, dispatch, activations, peak}: bytes, see `swinmoe.profiling.memory`
 - of what=exchange (one way, forward or backward): calls (exchanges within a turn; ms is of one), message_bytes (that
   travel from a rank to each, the mean), algbw (bytes per second of all of a rank's rows), busbw (algbw·(n - 1)/n, n =

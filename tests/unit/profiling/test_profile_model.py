@@ -91,6 +91,8 @@ def test_a_training_profile(tmp_path: Any) -> None:
     assert sparse["memory"]["optimizer"] > sparse["memory"]["experts"] > 0
     assert sparse["flops"]["model"] <= sparse["flops"]["dense_equivalent"] == count(run.model).step_flops(6)
     assert (tmp_path / "trace.json").stat().st_size > 0
+    exchanges = ("exposed_ms", "hidden_ms", "exchange_ms", "exchange_bytes", "bandwidth")
+    assert all(line[key] is None for line in (dense, sparse) for key in exchanges), "one process sends nothing"
 
 
 def test_an_inference_profile() -> None:

@@ -103,6 +103,7 @@ def sparse(
         "rows": {"routed": 100, "kept": 80, "computed": 160},
         "bytes_sent": 1e6 * spread,
         "bandwidth": 2.5e8 if spread else None,
+        "exchange_bytes": 9e5 if spread else None,
         "ranks": world,
     }
 
@@ -207,6 +208,7 @@ def test_everything_measured_has_its_section_and_pictures(tmp_path: Path) -> Non
     # phases both ways, capacity, communication, memory, scaling, bandwidth both ways, skew
     assert page.tags.count("img") == 9
     assert not re.search(r"https?://|@import|<script|<link", text)
+    assert "250 MB/s" in page.text and "900 kB, 2 ranks" in page.text
     assert [p.name for p in (tmp_path / "page").iterdir()] == ["report.html"]
 
 
