@@ -478,6 +478,9 @@ def profile_exchange(
     backward: Annotated[
         bool | None, typer.Option("--backward/--forward", help="Both ways, or one.", show_default=False)
     ] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="Also a trace of the smallest exchanges, for Perfetto.")
+    ] = None,
     out: Out = None,
 ) -> None:
     """Time the all-to-all of expert layers by itself, and fit latency and bandwidth; needs a launcher."""
@@ -493,7 +496,7 @@ def profile_exchange(
         "ep_size": ep_size,
     }
     plain = {"dim": dim, "rounds": rounds, "threads": threads, "backward": backward}
-    command.run(sweep, options, plain=plain, out=out)
+    command.run(sweep, options, plain=plain, out=out, trace=trace)
 
 
 tune_app = typer.Typer(help="Find settings by measuring, and check them.", no_args_is_help=True)

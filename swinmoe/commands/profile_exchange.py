@@ -30,7 +30,12 @@ _WIDTH = 140
 
 
 def run(
-    sweep: Path | None, options: Mapping[str, str | None], *, plain: Mapping[str, Any], out: Path | None = None
+    sweep: Path | None,
+    options: Mapping[str, str | None],
+    *,
+    plain: Mapping[str, Any],
+    out: Path | None = None,
+    trace: Path | None = None,
 ) -> None:
     """Measure exchanges, print a table and the fits, write records.
 
@@ -39,6 +44,7 @@ def run(
         options: by field, as text: one value or several with commas between.
         plain: the other fields that were given.
         out: folder of the records; None = `output_dir/name` of `sweep`, or nowhere without one.
+        trace: a file for one more of each exchange of the smallest size.
     """
     tree: dict[str, Any] = {} if sweep is None else read_yaml(sweep)
     check_what(tree, "exchange", sweep)
@@ -50,7 +56,8 @@ def run(
     lines: list[tuple[str, Line]] = []
     with profile_session(out, settings, config.threads) as session:
         session.begin("exchange", command_line(), flat(asdict(config)))
-        for kind, line in profile_exchange(config, session.device, teller(session)):
+        measured = profile_exchange(config, session.device, teller(session), session.rank_file(trace))
+        for kind, line in measured:
             session.records.write(kind, **line)
             lines.append((kind, line))
     if session.is_main:

@@ -17,6 +17,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,15 +28,17 @@ from swinmoe.comm import all_reduce_max, take
 from swinmoe.config import ParallelConfig
 from swinmoe.config.profile_exchange import ExchangeSweepConfig, ExchangeWorkload
 from swinmoe.errors import ConfigError
+from swinmoe.moe import phases
 from swinmoe.parallel import Mesh, make_mesh
 from swinmoe.parallel.tokens_travel import Itinerary, TokensTravel
-from swinmoe.profiling.clock import Step, Timing, take_turns
+from swinmoe.profiling.clock import Step, Timing, meet, take_turns
 from swinmoe.profiling.exchange_alone import bytes_sent
 from swinmoe.profiling.link import Sample, fit_link
+from swinmoe.profiling.trace import trace_steps
 
 Line = dict[str, Any]
 """A `measurement` or `fit` record, see `swinmoe.records.record`."""
-FORWARD, BACKWARD = "forward", "backward"
+FORWARD, BACKWARD = phases.FORWARD, phases.BACKWARD
 LONG_ENOUGH_MS = 2.0
 """Shorter exchanges are repeated within a turn: ranks leave the barrier before it some tenths of it apart."""
 _MOST_CALLS = 64
@@ -59,6 +63,7 @@ def profile_exchange(
     config: ExchangeSweepConfig,
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = lambda text: None,
+    trace: Path | None = None,
 ) -> Iterator[tuple[str, Line]]:
     """(kind, line) of a `measurement` of each exchange, by rising size, and then of each `fit`; a collective call.
 
@@ -68,6 +73,7 @@ def profile_exchange(
         config: what to measure.
         device: where rows are.
         say: told what is being done, and which combinations cannot be.
+        trace: a file for one more of each of the exchanges of the smallest size, by name.
 
     Raises:
         ConfigError: there is one process only, or no combination can be.
@@ -98,6 +104,8 @@ def profile_exchange(
         if cases:
             say(f"{len(cases)} exchanges of {bytes_said(size)} take turns, {config.rounds} rounds")
             own = bench.measure(cases)
+            if trace is not None and not lines:
+                trace_steps(trace, {case.name: partial(_in_its_phase, case) for case in cases}, device)
             lines += own
             yield from (("measurement", line) for line in own)
     if not lines:
@@ -217,6 +225,15 @@ def _travel(rows: Tensor, plan: Itinerary, payload: str) -> Tensor:
     flights = [chunk.journey.change(flight, _WHAT) for chunk, flight in zip(plan.chunks, flights, strict=True)]
     arrived = [chunk.journey.arrive(flight) for chunk, flight in zip(plan.chunks, flights, strict=True)]
     return (arrived[0] if len(arrived) == 1 else torch.cat(arrived)).to(rows.dtype)
+
+
+def _in_its_phase(case: _Case) -> None:
+    """One exchange for a trace, a phase of its own that begins when the ranks have met, as timed ones do."""
+    phases.turn(case.direction)
+    meet(case.mesh.world_group)
+    phases.enter("exchange_out")
+    case.step()
+    phases.enter(phases.OTHER)
 
 
 def _calls(step: Step, group: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -85,6 +86,7 @@ def test_bytes_and_bandwidths_are_those_of_the_rows(pool4: Pool) -> None:
 def through_the_command(folder: Path) -> int:
     os.environ["COLUMNS"] = "200"
     argv = ["--bytes", "1KiB,4KiB,16KiB", "--skew", "0,0.5", "--rounds", "2", "--out", str(folder)]
+    argv += ["--trace", str(folder / "traces" / "trace.json")]
     sys.argv = ["swinmoe", "profile", "exchange", *argv]
     try:
         main()
@@ -109,6 +111,22 @@ def test_the_command_leaves_records_fits_and_a_page(pool2: Pool, tmp_path: Path)
         assert fit["worst_error"] == pytest.approx(max(abs(point["error"]) for point in fit["points"]))
     page = (tmp_path / "report.html").read_text()
     assert "Exchanges by themselves" in page and "The link that explains them" in page
+    named = {line["name"] for line in lines[1:13]}
+    smallest = {name for name in named if "1 KiB" in name}
+    assert len(smallest) == 4
+    files = sorted((tmp_path / "traces").iterdir())
+    assert [file.name for file in files] == ["trace.rank0.json", "trace.rank1.json"]
+    for file in files:
+        events = json.loads(file.read_text())["traceEvents"]
+        exchanges = [event["name"] for event in events if event["ph"] == "X" and event["name"] in named]
+        assert sorted(exchanges) == sorted(smallest), "each once, of the first size alone"
+        track = [event for event in events if event.get("cat") == "phases" and event.get("ph") == "X"]
+        track = [event for event in track if event["name"] == "exchange_out"]
+        assert [event["args"]["pass"] for event in track] == ["forward", "backward"] * 2
+        waits = [event for event in events if event["name"] == "_Wait"]
+        middles = [event["ts"] + event["dur"] / 2 for event in waits]
+        around = [[e["ts"] <= middle <= e["ts"] + e["dur"] for e in track].index(True) for middle in middles]
+        assert around == [0, 2], "in the phases of the two forward exchanges"
 
 
 def test_one_process_has_nobody_to_send_to() -> None:
