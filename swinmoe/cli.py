@@ -516,8 +516,9 @@ def tune_capacity(
     mode: Annotated[str, typer.Option("--mode", help="Whose capacity: train, eval or both.")] = "both",
     images: Annotated[int, typer.Option("--images", help="Images of each mode; half to choose, half to check.")] = 2048,
     processes: Annotated[
-        int, typer.Option("--processes", help="That will share a batch: capacity is counted for each.")
-    ] = 1,
+        int | None,
+        typer.Option("--processes", help="That will share a batch: capacity is counted for each. Default: as started."),
+    ] = None,
     factors: Annotated[
         str | None, typer.Option("--factors", help="Of the curves, and the most that is recommended.")
     ] = None,
@@ -525,7 +526,10 @@ def tune_capacity(
     out: Out = None,
     weights: Weights = "auto",
 ) -> None:
-    """A capacity factor for every expert layer from data, measured and checked. Exit status 1: not what was asked."""
+    """A capacity factor for every expert layer from data, measured and checked. Exit status 1: not what was asked.
+
+    Under a launcher each process runs its own batches, with experts spread as in training.
+    """
     from swinmoe.commands import tune as command
 
     options = command.CapacityOptions(

@@ -13,16 +13,18 @@ from rich.table import Column, Table
 
 from swinmoe.commands.evaluate import parse_factors
 from swinmoe.commands.telling import SECONDS_BETWEEN_LINES
-from swinmoe.data import build_data
+from swinmoe.data import DataBundle, build_data
 from swinmoe.errors import ConfigError
+from swinmoe.profiling.session import ProfileSession, profile_session
+from swinmoe.profiling.tune.batches import batches_for
 from swinmoe.profiling.tune.capacity import FACTORS, Tell, Tuning, label, tune_capacity
 from swinmoe.profiling.tune.choose import Asked, Point, points_lost
 from swinmoe.profiling.tune.loads import drop_fraction
-from swinmoe.profiling.tune.passes import Factor, Mode, Workbench, at_factor, batches_for
+from swinmoe.profiling.tune.passes import Factor, Mode, at_factor
 from swinmoe.profiling.tune.written import as_yaml, layer_policies, tuned_config, write_records
-from swinmoe.records import RunRecord, read_records
+from swinmoe.records import read_records
 from swinmoe.report.tune_figure import capacity_curves
-from swinmoe.runtime import describe_environment
+from swinmoe.runtime import agree, from_first, launched_world
 from swinmoe.train.opened import Opened, open_model
 from swinmoe.train.pretrained import Which
 from swinmoe.train.session import check_data_fits
@@ -38,14 +40,16 @@ class CapacityOptions:
     asked: Asked
     mode: str = "both"
     images: int = 2048
-    processes: int = 1
+    processes: int | None = None
+    """That share a batch; None: as many as a launcher started."""
     factors: tuple[Factor, ...] = FACTORS
     rounds: int = 7
 
     def __post_init__(self) -> None:
         for name in ("images", "processes", "rounds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name} {getattr(self, name)} must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} {value} must be at least 1")
         if self.mode not in MODES:
             raise ConfigError(f"--mode {self.mode}: use one of {', '.join(MODES)}")
 
@@ -72,47 +76,96 @@ def parse_grid(text: str | None) -> tuple[Factor, ...]:
 
 
 def run_capacity(checkpoint: Path, rest: list[str], options: CapacityOptions, *, which: Which, out: Path | None) -> int:
-    """Tune, show, write to the folder `out`; the exit status: 0 verified, 1 not.
+    """Tune, show, write to the folder `out`; the exit status: 0 verified, 1 not. Of several processes each runs its own
+    batches, and the first of them prints and writes what all found.
 
     Raises:
-        SwinMoEError: see `open_model`; or the model is dense, or `out` holds records.
+        SwinMoEError: see `open_model`; the model is dense; `out` holds records; or `options` are for another number of
+            processes than a launcher started.
     """
-    if out is not None and (out / "records.jsonl").exists():
-        raise ConfigError(f"{str(out)!r} holds records already; give another --out, or remove it")
-    opened = open_model(checkpoint, rest, which)
-    if not opened.model.moe_layers():
-        raise ConfigError("tune capacity needs a sparse model, and this one is dense")
-    bundle = build_data(opened.run.data, seed=opened.run.seed)
-    check_data_fits(opened.run, bundle)
-    told = Console(stderr=True, highlight=False)
-    found: list[tuple[Tuning, Workbench]] = []
-    with told.status("reading images") as status:
-        for mode in MODES[options.mode]:
-            batches = batches_for(opened.run, bundle, mode, options.images, options.processes)
-            tuning = tune_capacity(
-                opened,
-                mode,
-                batches,
-                options.asked,
-                factors=options.factors,
-                rounds=options.rounds,
-                tell=_teller(told, status),
-            )
-            found.append((tuning, Workbench(opened, mode, batches)))
-    console = Console(highlight=False)
-    for tuning, bench in found:
-        show(tuning, bench, console)
-    tunings = [tuning for tuning, _ in found]
-    if out is None:
-        console.print("\n# model.moe.capacity.layers", markup=False)
-        console.print(as_yaml(layer_policies(opened, tunings)), markup=False, soft_wrap=True)
-    else:
-        _write(out, checkpoint, opened, options, found)
-        told.print(f"written to {out}: tuned.yaml, records.jsonl and tune.png", markup=False, soft_wrap=True)
+    processes = _processes(options.processes)
+    settings = {"checkpoint": checkpoint, "arguments": rest, "weights": which, "options": options}
+    with profile_session(out, settings) as session:
+        opened = open_model(checkpoint, rest, which, spread=True)
+        if not opened.model.moe_layers():
+            raise ConfigError("tune capacity needs a sparse model, and this one is dense")
+        bundle = build_data(opened.run.data, seed=opened.run.seed)
+        agree({"the number of training images": len(bundle.train), "the number of test images": len(bundle.eval)})
+        check_data_fits(opened.run, bundle)
+        told = Console(stderr=True, highlight=False, quiet=not session.is_main)
+        tunings = _tune(opened, bundle, options, processes, told)
+        if session.is_main:
+            _give_out(session, checkpoint, opened, options, processes, tunings, out)
+            if out is not None:
+                told.print(f"written to {out}: tuned.yaml, records.jsonl and tune.png", markup=False, soft_wrap=True)
+        from_first(None)  # the others wait, so that where it could not write all fail
     return int(any(tuning.verdict.failures for tuning in tunings))
 
 
-def show(tuning: Tuning, bench: Workbench, console: Console) -> None:
+def _processes(given: int | None) -> int:
+    """That share a batch."""
+    world = launched_world()
+    if world > 1 and given not in (None, world):
+        raise ConfigError(
+            f"--processes {given} under a launcher that started {world}, each of which runs its own batches; leave "
+            f"--processes out, or start one process for the batches of {given}"
+        )
+    return given or world
+
+
+def _tune(opened: Opened, bundle: DataBundle, options: CapacityOptions, processes: int, told: Console) -> list[Tuning]:
+    rank = opened.mesh.rank if opened.mesh.world > 1 else None
+    found = []
+    with told.status("reading images") as status:
+        for mode in MODES[options.mode]:
+            steps = batches_for(opened.run, bundle, mode, options.images, processes, rank)
+            tell = _teller(told, status)
+            found.append(
+                tune_capacity(
+                    opened, mode, steps, options.asked, factors=options.factors, rounds=options.rounds, tell=tell
+                )
+            )
+    return found
+
+
+def _give_out(
+    session: ProfileSession,
+    checkpoint: Path,
+    opened: Opened,
+    options: CapacityOptions,
+    processes: int,
+    tunings: list[Tuning],
+    out: Path | None,
+) -> None:
+    console = Console(highlight=False)
+    for tuning in tunings:
+        show(tuning, console)
+    if out is None:
+        console.print("\n# model.moe.capacity.layers", markup=False)
+        console.print(as_yaml(layer_policies(opened, tunings)), markup=False, soft_wrap=True)
+        return
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    workload = {
+        "checkpoint": str(checkpoint),
+        "weights": opened.source.weights,
+        "images": options.images,
+        "processes": processes,
+        "launched": opened.mesh.world,
+        "ep_size": opened.mesh.ep_size,
+        "rounds": options.rounds,
+        "device": str(opened.device),
+    }
+    session.begin("capacity", f"tune capacity {checkpoint}", workload)
+    for tuning in tunings:
+        write_records(session.records, tuning)
+    comment = [f"Made by swinmoe tune capacity {checkpoint}, {now}."]
+    for tuning in tunings:
+        comment += [f"{_TITLES[tuning.mode]}: {line}" for line in verdict_lines(tuning)]
+    (out / "tuned.yaml").write_text(as_yaml(tuned_config(opened, tunings), comment), encoding="utf-8")
+    (out / "tune.png").write_bytes(capacity_curves(read_records(out / "records.jsonl")))
+
+
+def show(tuning: Tuning, console: Console) -> None:
     """The curves, the layers, and what the check found."""
     console.print(f"\n{_TITLES[tuning.mode]}: {tuning.asked}", markup=False)
     curves = Table("capacity", "choices dropped", "accuracy", "ms a step", "95 %")
@@ -123,7 +176,7 @@ def show(tuning: Tuning, bench: Workbench, console: Console) -> None:
     drops = ("dropped, chosen on", "dropped, checked on", "from dropless loads")
     layers = Table(Column("layer", no_wrap=True), "factor", *drops)
     for layer, factor in setting.factors.items():
-        predicted = drop_fraction(tuning.loads[layer], at_factor(bench.own[layer], factor))
+        predicted = drop_fraction(tuning.loads[layer], at_factor(tuning.own[layer], factor))
         found = (tuning.verdict.chosen.drops[layer], tuning.verdict.seen.drops[layer], predicted)
         layers.add_row(layer, label(factor), *(f"{100 * drop:.2f} %" for drop in found))
     console.print(layers)
@@ -138,7 +191,7 @@ def verdict_lines(tuning: Tuning) -> list[str]:
     where = (
         "other images"
         if tuning.separate
-        else "of the same images (there is one batch: give more --images, or smaller batches)"
+        else "of the same images (there is one step: take smaller batches, or more data)"
     )
     lines = [
         f"checked on {len(seen.correct)} {where}: {100 * seen.drop_fraction:.2f} % dropped, accuracy "
@@ -168,36 +221,6 @@ def _cells(point: Point) -> tuple[str, ...]:
         f"{point.timing.median:.1f}",
         f"{point.timing.low:.1f} to {point.timing.high:.1f}",
     )
-
-
-def _write(
-    out: Path,
-    checkpoint: Path,
-    opened: Opened,
-    options: CapacityOptions,
-    found: list[tuple[Tuning, Workbench]],
-) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    records = RunRecord(out / "records.jsonl")
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    workload = {
-        "checkpoint": str(checkpoint),
-        "weights": opened.source.weights,
-        "images": options.images,
-        "processes": options.processes,
-        "rounds": options.rounds,
-        "device": str(opened.device),
-    }
-    command, environment = f"tune capacity {checkpoint}", describe_environment()
-    records.write("profile", what="capacity", command=command, workload=workload, environment=environment, time=now)
-    tunings = [tuning for tuning, _ in found]
-    for tuning, bench in found:
-        write_records(records, tuning, bench.own)
-    comment = [f"Made by swinmoe tune capacity {checkpoint}, {now}."]
-    for tuning in tunings:
-        comment += [f"{_TITLES[tuning.mode]}: {line}" for line in verdict_lines(tuning)]
-    (out / "tuned.yaml").write_text(as_yaml(tuned_config(opened, tunings), comment), encoding="utf-8")
-    (out / "tune.png").write_bytes(capacity_curves(read_records(out / "records.jsonl")))
 
 
 def _teller(console: Console, status: Status) -> Tell:

@@ -1,7 +1,7 @@
 """The process around a run: accelerator, process group, seeds, logging, and what machine and code it was."""
 
 from swinmoe.runtime.accelerator import make_accelerator
-from swinmoe.runtime.agreement import UNKNOWN, agree, from_first
+from swinmoe.runtime.agreement import UNKNOWN, agree, from_all, from_first
 from swinmoe.runtime.allocator import keep_freed_memory
 from swinmoe.runtime.environment import describe_code, describe_environment
 from swinmoe.runtime.last_words import last_word
@@ -20,6 +20,7 @@ __all__ = [
     "agree",
     "describe_code",
     "describe_environment",
+    "from_all",
     "from_first",
     "keep_freed_memory",
     "last_word",

@@ -63,6 +63,20 @@ def from_first(value: Value) -> Value:
     return told[0]
 
 
+def from_all(value: Value) -> list[Value]:
+    """Every rank's `value`, in order of rank, on all ranks; a collective call, `[value]` on one process.
+
+    Raises:
+        CollectiveError: a rank did not take part.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [value]
+    told = [value] * dist.get_world_size()
+    with naming("hearing from all ranks"):
+        dist.all_gather_object(told, value)
+    return told
+
+
 def _shown(value: object) -> str | None:
     return None if value is UNKNOWN else repr(str(value))
 

@@ -19,9 +19,10 @@ from swinmoe.config import RunConfig
 from swinmoe.config.io import build, load
 from swinmoe.data import build_data
 from swinmoe.errors import ConfigError
+from swinmoe.profiling.tune.batches import Steps, batches_for, halves
 from swinmoe.profiling.tune.capacity import factors_for, tune_capacity
 from swinmoe.profiling.tune.choose import Asked
-from swinmoe.profiling.tune.passes import Setting, Workbench, batches_for
+from swinmoe.profiling.tune.passes import Setting, Workbench
 from swinmoe.records import read_records
 from swinmoe.train import train
 from swinmoe.train.finetune import plan_finetuning
@@ -62,9 +63,12 @@ def opened(trained: Path) -> Opened:
     return open_model(trained)
 
 
+def steps_of(opened: Opened, mode: Any, images: int, processes: int = 1, rank: int | None = None) -> Steps:
+    return batches_for(opened.run, build_data(opened.run.data, seed=0), mode, images, processes, rank)
+
+
 def bench_of(opened: Opened, mode: Any, images: int = 160) -> Workbench:
-    bundle = build_data(opened.run.data, seed=0)
-    return Workbench(opened, mode, batches_for(opened.run, bundle, mode, images, 1))
+    return Workbench(opened, mode, [batch for (batch,) in steps_of(opened, mode, images)])
 
 
 def test_a_tuned_config_keeps_what_was_asked(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,8 +103,8 @@ def test_a_tuned_config_keeps_what_was_asked(trained: Path, tmp_path: Path, caps
         assert (own.train.kind, own.train.factor) == ("fixed", found["train"]["factors"][layer])
         assert (own.eval.kind, own.eval.factor) == ("bounded", found["eval"]["factors"][layer])
     again = open_model(trained, [str(out / "tuned.yaml")])
-    batches = bench_of(again, "eval", 320).batches
-    seen = Workbench(again, "eval", batches[1::2]).look(bench_of(again, "eval").own_setting())
+    checking = halves(steps_of(again, "eval", 320))[1]
+    seen = Workbench(again, "eval", checking).look(bench_of(again, "eval").own_setting())
     assert seen.drops == found["eval"]["checked"]["drops"]  # what was checked is what the file gives
     plan = plan_finetuning(out / "tuned.yaml", trained)
     assert plan.run.model.moe == moe
@@ -123,10 +127,10 @@ def test_a_constraint_that_cannot_be_kept_fails_and_says_why(trained: Path, tmp_
 
 
 def test_the_fastest_within_an_accuracy_is_verified(opened: Opened) -> None:
-    bench = bench_of(opened, "eval", 320)
-    found = tune_capacity(opened, "eval", bench.batches, Asked(within=50.0), factors=(0.25, None), rounds=1)
+    steps = steps_of(opened, "eval", 320)
+    found = tune_capacity(opened, "eval", steps, Asked(within=50.0), factors=(0.25, None), rounds=1)
     assert not found.verdict.failures and found.separate
-    everything = tune_capacity(opened, "eval", bench.batches[:1], Asked(within=0.0), factors=(None,), rounds=1)
+    everything = tune_capacity(opened, "eval", steps[:1], Asked(within=0.0), factors=(None,), rounds=1)
     assert not everything.separate and not everything.verdict.failures
 
 
@@ -161,13 +165,12 @@ def test_a_pass_repeats_itself_and_leaves_the_model_as_it_was(opened: Opened) ->
 
 
 def test_batches_are_as_large_as_one_process_sees_them(opened: Opened) -> None:
-    bundle = build_data(opened.run.data, seed=0)
     for mode, whole in (("train", 32), ("eval", 40)):
-        alone = batches_for(opened.run, bundle, mode, 80, 1)
-        shared = batches_for(opened.run, bundle, mode, 80, 2)
-        assert {len(batch) for batch in alone} == {whole} and {len(batch) for batch in shared} == {whole // 2}
-        images = [torch.cat([batch.indices for batch in batches]) for batches in (alone, shared)]
-        assert sorted(images[0].tolist()) == sorted(images[1].tolist())
+        alone, shared = (steps_of(opened, mode, 80, processes) for processes in (1, 2))
+        assert {len(batch) for step in alone for batch in step} == {whole}
+        assert {len(batch) for step in shared for batch in step} == {whole // 2}
+        images = [sorted(torch.cat([b.indices for step in steps for b in step]).tolist()) for steps in (alone, shared)]
+        assert images[0] == images[1]
 
 
 def test_options_that_mean_nothing_are_refused(trained: Path) -> None:
@@ -192,10 +195,10 @@ def test_a_dense_model_has_no_capacity(tmp_path: Path) -> None:
 
 
 def test_without_a_folder_the_keys_are_printed(opened: Opened, trained: Path, capsys: Any) -> None:
-    bench = bench_of(opened, "eval")
-    found = tune_capacity(opened, "eval", bench.batches, Asked(max_drop=0.1), factors=(1.0, None), rounds=1)
+    steps = steps_of(opened, "eval", 160)
+    found = tune_capacity(opened, "eval", steps, Asked(max_drop=0.1), factors=(1.0, None), rounds=1)
     text = io.StringIO()
-    tune.show(found, bench, Console(file=text, width=200))
+    tune.show(found, Console(file=text, width=200))
     assert all(layer in text.getvalue() for layer in LAYERS) and "by layer, 10 % drops" in text.getvalue()
     options = tune.CapacityOptions(Asked(max_drop=0.1), "eval", 80, 1, (None,), 1)
     tune.run_capacity(trained, [], options, which="auto", out=None)

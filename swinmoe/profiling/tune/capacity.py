@@ -1,8 +1,8 @@
 """The capacity tuner: curves over the factor, a factor for every layer, and the proof that it does what was asked.
 
-Half of the batches (every other one) are for choosing, the other half for checking. Choosing for drops starts from the
-loads of a dropless pass and repeats with the loads of the pass it has led to, because a choice dropped in one layer
-changes the next layer's load.
+The batches of every other step are for choosing, the rest for checking. Choosing for drops starts from the loads of a
+dropless pass and repeats with the loads of the pass it has led to, because a choice dropped in one layer changes the
+next layer's load.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
-from swinmoe.data import Batch
+from swinmoe.config import CapacityPolicy
 from swinmoe.profiling.clock import Timing, take_turns
+from swinmoe.profiling.tune.batches import Steps, halves
 from swinmoe.profiling.tune.choose import Asked, Point, broken, fastest_within
-from swinmoe.profiling.tune.loads import Load, drop_fraction, least_factor
+from swinmoe.profiling.tune.loads import Load, least_factor
 from swinmoe.profiling.tune.passes import Factor, Mode, Seen, Setting, Workbench, at_factor
 from swinmoe.train.opened import Opened
 
@@ -56,12 +55,10 @@ class Tuning:
     loads: Mapping[str, Sequence[Load]]
     """Of the dropless pass over the batches for choosing."""
     verdict: Verdict
+    own: Mapping[str, CapacityPolicy]
+    """By layer, the capacity that the model has."""
     separate: bool
-    """Whether choosing and checking had batches of their own: false where there is only one."""
-
-    def curve(self, layer: str, factors: Sequence[float], own: Workbench) -> list[float]:
-        """δ(c) of a layer from the loads of the dropless pass."""
-        return [drop_fraction(self.loads[layer], at_factor(own.own[layer], factor)) for factor in factors]
+    """Whether choosing and checking had batches of their own: false where there is only one step."""
 
 
 def label(factor: Factor) -> str:
@@ -72,27 +69,27 @@ def label(factor: Factor) -> str:
 def tune_capacity(
     opened: Opened,
     mode: Mode,
-    batches: Sequence[Batch],
+    steps: Steps,
     asked: Asked,
     *,
     factors: Sequence[Factor] = FACTORS,
     rounds: int = 7,
     tell: Tell = lambda text: None,
 ) -> Tuning:
-    """Find a factor for every expert layer of a trained model, and check it.
+    """Find a factor for every expert layer of a trained model, and check it. A collective call of the processes that
+    share the model; all of them find the same.
 
     Args:
         opened: a sparse model.
         mode: whose capacity: training's or evaluation's.
-        batches: as large as one process's; see `batches_for`.
+        steps: batches as large as one process's; see `batches_for`.
         asked: the user's constraint.
         factors: uniform ones for the curves; the recommendation may not exceed their largest (None = dropless).
         rounds: of every timing.
         tell: what is being done.
     """
-    separate = len(batches) > 1
-    choosing = Workbench(opened, mode, batches[::2])
-    checking = Workbench(opened, mode, batches[1::2] if separate else batches)
+    separate = len(steps) > 1
+    choosing, checking = (Workbench(opened, mode, batches) for batches in halves(steps))
     tell(f"{mode}: loads without drops")
     reference = choosing.look(choosing.uniform(None))
     settings = {
@@ -107,7 +104,7 @@ def tune_capacity(
     tell(f"{mode}: checking on other batches" if separate else f"{mode}: checking")
     verdict = _check(checking, asked, setting, chosen, rounds)
     choosing.forget_gradients()
-    return Tuning(mode, asked, tuple(uniform), tuple(per_layer), reference.loads, verdict, separate)
+    return Tuning(mode, asked, tuple(uniform), tuple(per_layer), reference.loads, verdict, choosing.own, separate)
 
 
 def _layered(
@@ -163,11 +160,8 @@ def _measure(bench: Workbench, settings: Mapping[str, Setting], rounds: int, tel
 
 def _time(bench: Workbench, settings: Mapping[str, Setting], rounds: int) -> dict[str, Timing]:
     steps = {name: partial(bench.step, setting) for name, setting in settings.items()}
-    return take_turns(steps, rounds, device=_device(bench), warm_up=1)
-
-
-def _device(bench: Workbench) -> torch.device:
-    return bench.opened.device
+    opened = bench.opened
+    return take_turns(steps, rounds, group=opened.mesh.world_group, device=opened.device, warm_up=1)
 
 
 def _recommend(

@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 import torch
 
-from swinmoe.config import CapacityPolicy, RunConfig
-from swinmoe.data import Batch, DataBundle, TrainStream, eval_batches
-from swinmoe.errors import ConfigError
+from swinmoe.config import CapacityPolicy
+from swinmoe.data import Batch
 from swinmoe.models import SwinTransformer
 from swinmoe.objectives import Classification, StepResult
+from swinmoe.parallel import no_sync
 from swinmoe.profiling.tune.loads import Load
 from swinmoe.randomness import derive_seed
+from swinmoe.runtime import from_all
 from swinmoe.train.opened import Opened
 
 Mode = Literal["train", "eval"]
@@ -48,6 +49,17 @@ def at_factor(own: CapacityPolicy, factor: Factor) -> CapacityPolicy:
 
 
 @dataclass(frozen=True)
+class SeenOnce:
+    """What one batch showed."""
+
+    correct: tuple[bool, ...]
+    loads: dict[str, Load]
+    """By layer."""
+    dropped: dict[str, int]
+    """By layer, choices that found no slot, as the layer counted them."""
+
+
+@dataclass(frozen=True)
 class Seen:
     """What one pass over batches showed."""
 
@@ -56,7 +68,17 @@ class Seen:
     loads: dict[str, list[Load]]
     """By layer, batch after batch."""
     dropped: dict[str, int]
-    """By layer, choices that found no slot, as the layer counted them."""
+    """By layer, choices that found no slot."""
+
+    @classmethod
+    def of(cls, batches: Sequence[SeenOnce]) -> Seen:
+        """Batches taken together; those without images (a batch smaller than the number of processes) show nothing."""
+        seen = [batch for batch in batches if batch.correct]
+        return cls(
+            tuple(right for batch in seen for right in batch.correct),
+            {layer: [batch.loads[layer] for batch in seen] for layer in batches[0].loads},
+            {layer: sum(batch.dropped[layer] for batch in seen) for layer in batches[0].loads},
+        )
 
     @property
     def accuracy(self) -> float:
@@ -78,7 +100,8 @@ class Seen:
 class Workbench:
     """A trained model and the batches that it is tried on, in training or in evaluation mode.
 
-    In training mode dropout, drop path and gate noise are drawn, the same for a batch at every setting.
+    In training mode dropout, drop path and gate noise are drawn, the same for a batch at every setting. Where several
+    processes share a model, each has its own batches, and `look` and `step` are collective calls.
     """
 
     def __init__(self, opened: Opened, mode: Mode, batches: Sequence[Batch]) -> None:
@@ -105,26 +128,29 @@ class Workbench:
 
     @torch.no_grad()
     def look(self, setting: Setting) -> Seen:
-        """All batches once at `setting`. What each layer dropped is held against `Load.dropped`."""
-        correct: list[bool] = []
-        loads: dict[str, list[Load]] = {name: [] for name in self.layers}
-        dropped = dict.fromkeys(self.layers, 0)
+        """All batches once at `setting`, those of all processes, step by step. What each layer dropped is held against
+        `Load.dropped`."""
         policies = setting.policies(self.own)
         with self.at(setting):
-            for number, batch in enumerate(self.batches):
-                output = self.model(self._images(number, batch))
-                correct += (output.logits.argmax(-1).cpu() == batch.targets.cpu()).tolist()
-                for name, stats in output.routing.items():
-                    load = Load(tuple(stats.routed.tolist()), int(stats.tokens), self.layers[name].top_k)
-                    lost = load.choices - int(stats.kept.sum())
-                    assert lost == load.dropped(policies[name]), (name, number, lost, load, policies[name])
-                    loads[name].append(load)
-                    dropped[name] += lost
-        return Seen(tuple(correct), loads, dropped)
+            own = [self._look_at(number, batch, policies) for number, batch in enumerate(self.batches)]
+        of_ranks = from_all(own) if self.opened.mesh.world > 1 else [own]
+        return Seen.of([batch for step in zip(*of_ranks, strict=True) for batch in step])
+
+    def _look_at(self, number: int, batch: Batch, policies: Mapping[str, CapacityPolicy]) -> SeenOnce:
+        output = self.model(self._images(number, batch))
+        correct = (output.logits.argmax(-1).cpu() == batch.targets.cpu()).tolist()
+        loads: dict[str, Load] = {}
+        dropped: dict[str, int] = {}
+        for name, stats in output.routing.items():
+            load = loads[name] = Load(tuple(stats.routed.tolist()), int(stats.tokens), self.layers[name].top_k)
+            dropped[name] = load.choices - int(stats.kept.sum())
+            assert dropped[name] == load.dropped(policies[name]), (name, number, dropped, load, policies[name])
+        return SeenOnce(tuple(correct), loads, dropped)
 
     def step(self, setting: Setting) -> None:
-        """What is timed: the first batch forward at `setting`, in training backward too; no optimiser."""
-        with self.at(setting), torch.set_grad_enabled(self.mode == "train"):
+        """What is timed: the first batch forward at `setting`, in training backward too; no optimiser, and no sum of
+        gradients over ranks."""
+        with self.at(setting), torch.set_grad_enabled(self.mode == "train"), no_sync(self.model):
             batch = self.batches[0]
             images = self._images(0, batch)
             if self.mode == "eval":
@@ -162,58 +188,12 @@ class Workbench:
         self.model.zero_grad(set_to_none=True)
 
     def _images(self, number: int, batch: Batch) -> torch.Tensor:
-        """On the model's device and in its type, with every draw of the coming pass keyed by the batch."""
-        key = ("tune", self.opened.run.seed, number)
+        """On the model's device and in its type, with every draw of the coming pass keyed by the batch's number among
+        those of all processes."""
+        mesh = self.opened.mesh
+        key = ("tune", self.opened.run.seed, number * mesh.world + mesh.rank)
         torch.manual_seed(derive_seed(*key))
         for name, layer in self.layers.items():
             layer.seed_noise(derive_seed(*key, name))
         weight = next(self.model.parameters())
         return batch.images.to(weight.device, weight.dtype)
-
-
-def batches_for(run: RunConfig, bundle: DataBundle, mode: Mode, images: int, processes: int) -> list[Batch]:
-    """The first batches of training (augmented), or of evaluation, as so many processes see them: `images` in all.
-
-    Capacity is counted per process and micro-batch, so these are that large; a last smaller one is left out.
-
-    Raises:
-        ConfigError: the batch does not divide among the processes.
-    """
-    found: list[Batch] = []
-    train = run.train
-    if mode == "eval":
-        parts = [
-            eval_batches(bundle.eval, batch_size=train.eval_batch_size, rank=rank, world=processes)
-            for rank in range(processes)
-        ]
-        for step in zip(*parts, strict=True):
-            for batch in step:
-                if len(batch) and sum(map(len, found)) < images:
-                    found.append(batch)
-            if sum(map(len, found)) >= images:
-                break
-        # A smaller one at the end is busier at its busiest expert, for its size; half of the batches would have it.
-        return [batch for batch in found if len(batch) == len(found[0])]
-    if len(bundle.train) < train.batch_size:
-        raise ConfigError(
-            f"there are {len(bundle.train)} training images, fewer than one train.batch_size={train.batch_size}; use "
-            "more images or a smaller batch"
-        )
-    streams = [
-        TrainStream(
-            bundle.train,
-            data=run.data,
-            batch_size=train.batch_size,
-            accumulation=train.accumulation,
-            rank=rank,
-            world=processes,
-            seed=run.seed,
-            num_classes=bundle.num_classes,
-            label_smoothing=train.label_smoothing,
-        )
-        for rank in range(processes)
-    ]
-    steps = -(-images // train.batch_size)
-    for micro_batches in zip(*(stream.iterate(0, steps) for stream in streams), strict=True):
-        found += [batch for micro in zip(*micro_batches, strict=True) for batch in micro]
-    return found

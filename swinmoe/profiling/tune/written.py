@@ -56,7 +56,7 @@ def as_yaml(tree: Tree, comment: Iterable[str] = ()) -> str:
     return head + yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=110)
 
 
-def write_records(records: RunRecord, tuning: Tuning, own: dict[str, CapacityPolicy]) -> None:
+def write_records(records: RunRecord, tuning: Tuning) -> None:
     """A `measurement` per setting, a `drop_curve` per layer and the `recommendation`."""
     for point in (*tuning.points, *tuning.layered):
         records.write(
@@ -74,7 +74,7 @@ def write_records(records: RunRecord, tuning: Tuning, own: dict[str, CapacityPol
             **_seen(point.seen),
         )
     for layer, loads in tuning.loads.items():
-        drops = [drop_fraction(loads, at_factor(own[layer], factor)) for factor in CURVE]
+        drops = [drop_fraction(loads, at_factor(tuning.own[layer], factor)) for factor in CURVE]
         records.write("drop_curve", mode=tuning.mode, layer=layer, factors=CURVE, drops=drops)
     verdict = tuning.verdict
     records.write(
