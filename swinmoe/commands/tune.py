@@ -84,6 +84,8 @@ def run_capacity(checkpoint: Path, rest: list[str], options: CapacityOptions, *,
             processes than a launcher started.
     """
     processes = _processes(options.processes)
+    if out is not None and out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {str(out)!r} is a file; give a folder")
     settings = {"checkpoint": checkpoint, "arguments": rest, "weights": which, "options": options}
     with profile_session(out, settings) as session:
         opened = open_model(checkpoint, rest, which, spread=True)
@@ -94,11 +96,16 @@ def run_capacity(checkpoint: Path, rest: list[str], options: CapacityOptions, *,
         check_data_fits(opened.run, bundle)
         told = Console(stderr=True, highlight=False, quiet=not session.is_main)
         tunings = _tune(opened, bundle, options, processes, told)
+        problem: OSError | None = None
         if session.is_main:
-            _give_out(session, checkpoint, opened, options, processes, tunings, out)
-            if out is not None:
-                told.print(f"written to {out}: tuned.yaml, records.jsonl and tune.png", markup=False, soft_wrap=True)
-        from_first(None)  # the others wait, so that where it could not write all fail
+            try:
+                _give_out(session, checkpoint, opened, options, processes, tunings, out)
+            except OSError as error:
+                problem = error
+        if (problem := from_first(problem)) is not None:  # all end alike
+            raise problem
+        if out is not None:
+            told.print(f"written to {out}: tuned.yaml, records.jsonl and tune.png", markup=False, soft_wrap=True)
     return int(any(tuning.verdict.failures for tuning in tunings))
 
 
@@ -138,6 +145,9 @@ def _give_out(
     out: Path | None,
 ) -> None:
     console = Console(highlight=False)
+    if (mesh := opened.mesh).world > 1:
+        spread = "all experts on each" if mesh.ep_size == 1 else f"experts spread over {mesh.ep_size}"
+        console.print(f"{mesh.world} processes, {spread}", markup=False)
     for tuning in tunings:
         show(tuning, console)
     if out is None:

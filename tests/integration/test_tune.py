@@ -173,7 +173,35 @@ def test_batches_are_as_large_as_one_process_sees_them(opened: Opened) -> None:
         assert images[0] == images[1]
 
 
-def test_options_that_mean_nothing_are_refused(trained: Path) -> None:
+@pytest.mark.parametrize(("mode", "size"), [("train", 68), ("eval", 33)])
+def test_batches_of_the_ranks_are_those_of_all(trained: Path, mode: Any, size: int) -> None:
+    words = ["train.batch_size=68", "train.accumulation=2", "train.eval_batch_size=33"]
+    opened = open_model(trained, words)
+    data = build_data(opened.run.data, seed=0)
+    there = len(data.train if mode == "train" else data.eval)
+    assert there % size, "nothing to leave out"
+    for images, wanted in ((1, 2 * size), (3 * size, 3 * size), (10**6, there // size * size)):
+        together = steps_of(opened, mode, images, 2)
+        seen = [index for step in together for batch in step for index in batch.indices.tolist()]
+        assert len(seen) == len(set(seen)) == wanted
+        for rank in (0, 1):
+            own = steps_of(opened, mode, images, 2, rank)
+            assert [[b.indices.tolist() for b in step] for step in own] == [
+                [step[rank].indices.tolist()] for step in together
+            ]
+        parts = [{i for batch in half for i in batch.indices.tolist()} for half in halves(together)]
+        assert parts[0] | parts[1] == set(seen) and not parts[0] & parts[1]
+
+
+def test_a_launcher_says_how_many_processes_there_are(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for given in ("1", "4"):
+        with pytest.raises(ConfigError, match=f"--processes {given} under a launcher that started 2.*leave --proc"):
+            app(["tune", "capacity", str(trained), "--max-drop", "0.1", "--processes", given])
+
+
+def test_options_that_mean_nothing_are_refused(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     for words, said in (
         ((), "one of them"),
         (("--max-drop", "0.1", "--within", "1"), "one of them"),
@@ -182,6 +210,8 @@ def test_options_that_mean_nothing_are_refused(trained: Path) -> None:
         (("--max-drop", "0.1", "--mode", "test"), "use one of both, train, eval"),
         (("--max-drop", "0.1", "--factors", "1,x"), "--factors '1,x': 'x' is neither"),
         (("--max-drop", "0.1", "--images", "0"), "--images 0 must be at least 1"),
+        (("--max-drop", "0.1", "--processes", "0"), "--processes 0 must be at least 1"),
+        (("--max-drop", "0.1", "--out", str(tmp_path / "file")), "is a file; give a folder"),
     ):
         with pytest.raises(ConfigError, match=said):
             app(["tune", "capacity", str(trained), *words])
