@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ import yaml
 from micro import MICRO
 from pool import Pool
 
-from swinmoe.cli import app
+from swinmoe.cli import app, explain
+from swinmoe.commands.tune import CapacityOptions, run_capacity
 from swinmoe.config import RunConfig
 from swinmoe.config.io import build
 from swinmoe.data import build_data
+from swinmoe.errors import SwinMoEError
 from swinmoe.profiling.clock import Timing
 from swinmoe.profiling.tune.batches import batches_for
 from swinmoe.profiling.tune.capacity import Tuning, tune_capacity
@@ -195,8 +199,29 @@ def test_the_command_prints_and_writes_once(trained: Path, tmp_path: Path) -> No
     configs = [yaml.safe_load((out / "tuned.yaml").read_text()) for out in (tmp_path / "one", two)]
     assert configs[0] == configs[1]
 
-    before = {path: path.read_bytes() for path in two.iterdir()}
-    refused = launch(*asked, "--out", two)
-    assert refused.returncode == 2 and refused.stderr.count("swinmoe:") == 1, refused.stderr
-    assert "holds records already" in refused.stderr and not refused.stdout
-    assert {path: path.read_bytes() for path in two.iterdir()} == before
+
+def ended(path: str, out: str, words: list[str]) -> str:
+    """How the command ends on this rank, whatever it prints."""
+    options = CapacityOptions(Asked(max_drop=0.5), "eval", images=1, factors=(None,), rounds=1)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            return f"status {run_capacity(Path(path), words, options, which='auto', out=Path(out))}"
+    except (SwinMoEError, OSError) as error:
+        return explain(error)[1]
+
+
+def test_what_cannot_be_done_ends_all_ranks_alike(trained: Path, tmp_path: Path, pool2: Pool) -> None:
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "records.jsonl").write_text("mine\n")
+    (tmp_path / "file").touch()
+    for out, words, said in (
+        (used, [], "holds records already"),
+        (tmp_path / "file", [], "is a file; give a folder"),
+        (tmp_path / "file" / "out", [], "a file stands where a folder is needed"),  # found out by the rank that writes
+        (tmp_path / "new", ["parallel.ep_size=4"], "does not divide the number of processes 2"),
+    ):
+        first, second = pool2.run(ended, str(trained), str(out), words)
+        assert said in first and first == second
+    assert [path.name for path in used.iterdir()] == ["records.jsonl"] and not (tmp_path / "new").exists()
+    assert pool2.run(ended, str(trained), str(tmp_path / "new"), []) == ["status 0"] * 2
