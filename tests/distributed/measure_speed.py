@@ -4,6 +4,7 @@
     python tests/distributed/measure_speed.py model [--rounds 15] [--swin-repo DIR]  # sparse over dense, some 5
     python tests/distributed/measure_speed.py dense [--rounds 15]                    # timm and torchvision, some 4
     python tests/distributed/measure_speed.py compiled [--rounds 15] [--timm]        # torch.compile, cold and warm
+    python tests/distributed/measure_speed.py attention [--rounds 15]                # its ways by shape, some 5
     python tests/distributed/measure_speed.py memory                                 # peaks of a layer's step
     ... --allocator default                                                          # any of them, see below
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import resource
@@ -40,8 +42,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import swinmoe
-from swinmoe.config import MoEConfig
-from swinmoe.models import SwinTransformer, compile_blocks
+from swinmoe.config import ModelConfig, MoEConfig
+from swinmoe.config.io import build
+from swinmoe.models import SwinTransformer, build_model, compile_blocks
 from swinmoe.moe import MoEMlp
 from swinmoe.profiling import take_turns
 from swinmoe.runtime import keep_freed_memory
@@ -240,6 +243,47 @@ def one_compiled(what: str, rounds: int, with_timm: bool) -> None:
     tell("compiled", told, steps, rounds if temperature == "warm" else 1, baseline=f"timm {version}")
 
 
+# ----------------------------------------------------------------------------------------------------------- attention
+
+WINDOWS = (
+    (4, 8, 96, 16), (4, 32, 96, 8), (7, 7, 768, 8), (7, 14, 384, 8), (7, 56, 96, 2), (8, 32, 192, 2),
+    (12, 12, 768, 4), (12, 48, 96, 1), (16, 16, 384, 4), (16, 64, 96, 1), (24, 24, 384, 1), (24, 48, 192, 1),
+)  # fmt: skip
+"""Side of a window and of the map, width, images; heads are 32 wide."""
+
+
+def attention_step(attention: nn.Module, way: str, tables: Any, x: Tensor, slope: Tensor | None, half: bool) -> Step:
+    """`slope` None: a forward pass without gradients. `half`: under bfloat16 autocast."""
+
+    def step() -> None:
+        attention.attention_impl = way
+        with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.set_grad_enabled(slope is not None):
+            y = attention(x, tables)
+        if slope is not None:
+            attention.zero_grad(set_to_none=True)
+            x.grad = None
+            y.backward(slope)
+
+    return step
+
+
+def attentions(args: argparse.Namespace) -> None:
+    """What `auto` takes beside the ways written out and fused, of shifted windows where there are any."""
+    for style, (window, side, dim, images) in itertools.product(("v1", "v2"), WINDOWS):
+        tree = {"style": style, "embed_dim": dim, "depths": [2], "num_heads": [dim // 32], "patch_size": 1}
+        config = build(ModelConfig, tree | {"window_size": window, "img_size": side, "num_classes": 1})
+        (stage,) = build_model(config).layers
+        shifted = int(side > window)
+        attention, tables = stage.blocks[shifted].attn, stage._tables((side, side))[shifted]
+        for training, half in itertools.product((True, False), (False, True)):
+            x = torch.randn(images, side, side, dim, dtype=torch.bfloat16 if half else None, requires_grad=training)
+            slope = torch.randn_like(x) if training else None
+            ways = ("auto", "explicit", "sdpa")
+            steps = {way: attention_step(attention, way, tables, x, slope, half) for way in ways}
+            shape = {"style": style, "window": window, "map": side, "dim": dim, "images": images}
+            tell("attention", shape | {"training": training, "bf16": half}, steps, args.rounds, baseline="auto")
+
+
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
@@ -329,7 +373,14 @@ def tell(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = {"layer": layers, "model": models, "dense": dense_models, "compiled": compiled, "memory": memory}
+    tables = {
+        "layer": layers,
+        "model": models,
+        "dense": dense_models,
+        "compiled": compiled,
+        "attention": attentions,
+        "memory": memory,
+    }
     parser.add_argument("table", choices=tables)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
