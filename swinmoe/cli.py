@@ -363,17 +363,30 @@ def plan(
         int | None, typer.Option("--processes", help="--calibrate: so many on this machine's CPU; or a launcher.")
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", help="--calibrate: times that each piece of work is timed.")] = 9,
+    refine: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--refine", help="--calibrate: scale --hardware by records of profile model; may stand repeatedly."
+        ),
+    ] = None,
 ) -> None:
     """Predict step time and memory on machines that are not here, and the best way to spread a run over them."""
     from swinmoe.commands import plan as command
     from swinmoe.errors import ConfigError
 
+    question = command.Question(command.parse_ranks(ranks), hardware, processes_per_node, batch, imbalance)
+    if refine:
+        if calibrate is None:
+            raise ConfigError("--refine makes a new description of a machine; say where with --calibrate FILE")
+        command.run_refinement(calibrate, refine, question)
+        return
     if calibrate is not None:
         raise typer.Exit(command.run_calibration(calibrate, processes=processes, rounds=rounds))
     if config is None:
         raise ConfigError("swinmoe plan needs a config to plan for, or --calibrate FILE to measure this machine")
-    question = command.Question(command.parse_ranks(ranks), hardware, processes_per_node, batch, imbalance)
     if dry_run is not None:
+        if out is not None:
+            raise ConfigError(f"--out takes the best way of a plan, and --dry-run makes none; leave --out {out} away")
         raise typer.Exit(command.run_dry(config, overrides or [], question, dry_run, as_json=as_json))
     command.run(config, overrides or [], question, as_json=as_json, out=out)
 

@@ -13,13 +13,15 @@ from rich.console import Console
 from rich.table import Table
 
 from swinmoe.config import RunConfig
-from swinmoe.config.io import dump, load, with_overrides
+from swinmoe.config.io import build, dump, load, with_overrides
 from swinmoe.errors import ConfigError
 from swinmoe.profiling.plan.calibrate import calibrate
 from swinmoe.profiling.plan.dry_run import DryRun, dry_run
 from swinmoe.profiling.plan.hardware import Hardware, load_hardware
-from swinmoe.profiling.plan.predict import Prediction, Scene, at_batch
+from swinmoe.profiling.plan.predict import Prediction, Scene, at_batch, predict
+from swinmoe.profiling.plan.refine import Measured, refine
 from swinmoe.profiling.plan.search import Option, search
+from swinmoe.records import read_records
 from swinmoe.runtime import launched_rank, launched_world, start_processes, stop_processes
 from swinmoe.runtime.accelerator import wants_cpu
 from swinmoe.verify.launch import run_on
@@ -39,6 +41,16 @@ class Question:
     batch: int | None = None
     imbalance: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.imbalance is not None and not self.imbalance >= 1:
+            raise ConfigError(
+                f"--imbalance {self.imbalance} must be at least 1: rows of the busiest rank over the mean"
+            )
+        for name in ("processes_per_node", "batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
 
 def parse_ranks(text: str) -> tuple[int, ...]:
     """`1,8,64` as numbers.
@@ -52,6 +64,60 @@ def parse_ranks(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in words)
 
 
+def check_writable(option: str, out: Path) -> None:
+    """`ConfigError` if no file can be written at `out`: before work, not after it."""
+    if not out.parent.is_dir():
+        raise ConfigError(f"{option} {out}: the folder {str(out.parent)!r} does not exist; make it first")
+
+
+def run_refinement(out: Path, records: Sequence[Path], question: Question) -> None:
+    """Scale a machine's figures by steps that `profile model` has measured on it, and write it as YAML.
+
+    Args:
+        out: the new description.
+        records: of training steps; those with balance forced count, where there are any.
+        question: its `hardware` is what is scaled.
+
+    Raises:
+        ConfigError: no training step of a whole model in the records, or no folder for `out`.
+    """
+    check_writable("--calibrate", out)
+    named_steps = [step for path in records for step in measured_steps(path)]
+    if not named_steps:
+        named = ", ".join(map(str, records))
+        raise ConfigError(
+            f"--refine {named}: no training step of a whole model in it; make one with swinmoe profile model CONFIG "
+            "--out FOLDER and give FOLDER/records.jsonl"
+        )
+    known = machine(question)
+    steps = [step for _, step in named_steps]
+    found, factors = refine(known, steps)
+    out.write_text(f"# {found.name}, scaled by {len(steps)} steps\n{found.as_yaml()}", encoding="utf-8")
+    table = _table("step", "ranks", "measured ms", "before", "after", left="step")
+    for name, step in named_steps:
+        before, after = (
+            predict(step.run, Scene(hardware, step.world, imbalance=1.0)).seconds for hardware in (known, found)
+        )
+        off = [f"{100 * (value / step.seconds - 1):+.1f} %" for value in (before, after)]
+        table.add_row(name, str(step.world), f"{1000 * step.seconds:.1f}", *off)
+    console = Console(stderr=True, highlight=False)
+    console.print(table)
+    slower = ", ".join(f"{name} {factor:.2f}" for name, factor in factors.items())
+    console.print(f"times as slow as described: {slower}", markup=False, soft_wrap=True)
+    console.print(f"{out}: for swinmoe plan --hardware {out}", markup=False, soft_wrap=True)
+
+
+def measured_steps(path: Path) -> list[tuple[str, Measured]]:
+    """The training steps in records of `profile model`, by name."""
+    found = []
+    for line in read_records(path):
+        if line["kind"] == "measurement" and line.get("run") is not None and line["variant"]["backward"]:
+            ms = line.get("balanced_ms") or line["ms"]["median"]
+            step = Measured(build(RunConfig, line["run"]), line["variant"]["world"], ms / 1000)
+            found.append((line["name"], step))
+    return found
+
+
 def run_calibration(out: Path, *, processes: int | None, rounds: int) -> int:
     """Measure this machine and write it as YAML; the exit status.
 
@@ -60,8 +126,7 @@ def run_calibration(out: Path, *, processes: int | None, rounds: int) -> int:
             not there.
     """
     world = launched_world()
-    if not out.parent.is_dir():
-        raise ConfigError(f"--calibrate {out}: the folder {str(out.parent)!r} does not exist; make it first")
+    check_writable("--calibrate", out)
     if processes is not None and (processes < 1 or world not in (1, processes)):
         raise ConfigError(
             f"--processes {processes} must be at least 1, and under a launcher, which started {world}, left away"

@@ -151,7 +151,8 @@ class WindowAttention(nn.Module):
         """(b, a, N, d) three times and an additive bias (a, N, N) -> (b, a, N, d)."""
         impl = self.attention_impl
         if impl == "auto":
-            # On a CPU no fused kernel takes a bias that needs a gradient, and without one it gains nothing on windows.
+            # On a CPU the fused function is faster for no shape of windows (docs/decisions/0007), with or without a
+            # gradient of the bias; on other devices it was never measured.
             impl = "explicit" if q.device.type == "cpu" else "sdpa"
         rate = self.attn_drop if self.training else 0.0
         if impl == "sdpa":

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from swinmoe.comm import all_reduce_max
 from swinmoe.config import ModelConfig, RunConfig
-from swinmoe.config.io import with_overrides
+from swinmoe.config.io import to_tree, with_overrides
 from swinmoe.data import Batch
 from swinmoe.errors import ConfigError
 from swinmoe.models.attention import WindowAttention
@@ -174,6 +174,7 @@ class _Bench:
             "what": "model",
             "name": subject.name,
             "variant": variant_of(run, mesh, self.backward),
+            "run": to_tree(run),
             "baseline": baseline,
             "ms": timing.as_json() | {"p95": timing.percentile(95), "images_per_second": images / seconds},
             "phases": breakdown,

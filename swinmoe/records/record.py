@@ -42,6 +42,7 @@ are over all ranks, bytes those of one (the mean, for memory the one with the hi
   after another, recomputed passes too; exposed_ms: the step's time in exchanges (copies, launches, waiting, for slower
   ranks too); hidden_ms: max(0, exchange_ms - exposed_ms), what other work covered
 - balanced_ms: the same step with balance forced
+- run: of a model, its whole configuration, so that a plan can be held against the step
 - rows {routed, kept, computed}: choices, those not dropped, rows that experts multiplied (with padding)
 - flops {model, hardware, dense_equivalent}; gemm_flops_per_second (of a bare product in the same rounds);
   utilisation {model, hardware}: FLOPs over ranks, time and that rate

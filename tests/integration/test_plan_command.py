@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 
 from swinmoe.cli import app, explain
 from swinmoe.config import RunConfig
-from swinmoe.config.io import load
+from swinmoe.config.io import load, to_tree
 from swinmoe.errors import ConfigError
+from swinmoe.profiling.plan.hardware import load_hardware
+from swinmoe.profiling.plan.predict import Scene, predict
 
 CONFIG = "configs/debug/digits_swin_moe.yaml"
 GIANT = ("model.preset=swin_v2_g_192_w12", "train.precision=bf16", "train.batch_size=1024")
@@ -58,6 +60,47 @@ def test_a_dry_run_says_who_holds_what() -> None:
     assert "rank 63 of 64: experts 6 to 7" in shown and "the plan holds" in shown
 
 
+def test_measured_steps_make_a_better_description(tmp_path: Path) -> None:
+    """Steps as of a machine half as fast, in records as `profile model` writes them: the plan then says so too."""
+    known = load_hardware("cpu")
+    slow = known.scaled("slow", 2.0)
+    records = tmp_path / "records.jsonl"
+    lines = []
+    for batch in (8, 16, 32):
+        run = load(RunConfig, CONFIG, [f"train.batch_size={batch}"])
+        seconds = predict(run, Scene(slow, 1, imbalance=1.0)).seconds
+        times = {"ms": {"median": 1e6}, "balanced_ms": 1000 * seconds}
+        lines.append({"kind": "measurement", "name": f"of {batch}", "run": to_tree(run), **times})
+    for line, backward in zip([*lines, {**lines[0], "balanced_ms": 1e9}], (True, True, True, False), strict=True):
+        line["variant"] = {"world": 1, "backward": backward}
+        with records.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    better = tmp_path / "better.yaml"
+    invoke("--hardware", "cpu", "--calibrate", str(better), "--refine", str(records))
+    held = load(RunConfig, "configs/debug/digits_dense_v2.yaml")
+    before, truth, after = (
+        predict(held, Scene(machine, 1)).seconds for machine in (known, slow, load_hardware(str(better)))
+    )
+    assert truth > 1.8 * before and after == pytest.approx(truth, rel=0.1)
+
+
+def test_records_without_training_steps_refine_nothing(tmp_path: Path) -> None:
+    records, better = tmp_path / "records.jsonl", tmp_path / "better.yaml"
+    records.write_text(json.dumps({"kind": "measurement", "what": "layer", "name": "a", "variant": {}}) + "\n")
+    with pytest.raises(ConfigError, match="no training step of a whole model in it"):
+        invoke("--calibrate", str(better), "--refine", str(records))
+    with pytest.raises(ConfigError, match="say where with --calibrate FILE"):
+        invoke("--refine", str(records))
+    assert not better.exists()
+
+
+def test_a_dry_run_says_what_it_puts_aside() -> None:
+    words = ("train.ema_decay=0.99", "train.offload_activations=true", "train.precision=bf16")
+    shown = invoke(CONFIG, *words, "--dry-run", "4", "--batch", "2")
+    aside = [line for line in shown.splitlines() if line.startswith("set aside: ")]
+    assert [word for word in words if not any(word.lower() in line.lower() for line in aside)] == []
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -66,6 +109,9 @@ def test_a_dry_run_says_who_holds_what() -> None:
         ((CONFIG, "--ranks", "1,2", "--out", "x.yaml"), "takes the best way for one number of ranks"),
         ((CONFIG, "--ranks", "8", "--hardware", "b200"), "neither a file nor one of"),
         ((CONFIG, "--ranks", "7"), "cannot be split evenly over 7 ranks"),
+        ((CONFIG, "--dry-run", "0"), "--dry-run 0: give a number of ranks from 1 up"),
+        ((CONFIG, "--dry-run", "2", "--out", "x.yaml"), "--out takes the best way of a plan, and --dry-run makes none"),
+        ((CONFIG, "--ranks", "2", "--imbalance", "-3"), "--imbalance -3.0 must be at least 1"),
         ((CONFIG, "--dry-run", "6", "parallel.ep_size=4", "--batch", "2"), "does not divide 6 ranks"),
         (("--calibrate", "no/such/folder/x.yaml"), "does not exist; make it first"),
     ],

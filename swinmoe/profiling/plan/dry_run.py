@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from swinmoe.comm import listen
 from swinmoe.config import RunConfig
 from swinmoe.config.io import with_overrides
+from swinmoe.errors import ConfigError
 from swinmoe.models import SwinTransformer, build_model
 from swinmoe.parallel import (
     Mesh,
@@ -104,6 +105,8 @@ def dry_run(run: RunConfig, hardware: Hardware, world: int) -> DryRun:
         ConfigError: batch or experts cannot be spread over so many ranks.
         DistributedError: this process was started by a launcher.
     """
+    if world < 1:
+        raise ConfigError(f"--dry-run {world}: give a number of ranks from 1 up")
     tame, changes = _without_values(run, hardware, world)
     looks = tuple(_look(tame, hardware, world, rank) for rank in sorted({0, world - 1}))
     return DryRun(world, looks, tuple(changes))
@@ -111,11 +114,9 @@ def dry_run(run: RunConfig, hardware: Hardware, world: int) -> DryRun:
 
 def _without_values(run: RunConfig, hardware: Hardware, world: int) -> tuple[RunConfig, list[str]]:
     """The config with everything that depends on values put aside, and what that is."""
-    over: dict[str, Any] = {
-        "train": {"precision": "fp32", "ema_decay": None, "offload_activations": False},
-        "parallel": {},
-    }
-    changes = [] if run.train.precision == "fp32" else [f"{run.train.precision} autocast (all is float32)"]
+    plain: dict[str, Any] = {"precision": "fp32", "ema_decay": None, "offload_activations": False}
+    over: dict[str, Any] = {"train": plain, "parallel": {}}
+    changes = [f"train.{key}={getattr(run.train, key)}" for key in plain if getattr(run.train, key) != plain[key]]
     moe = run.model.moe
     if moe is not None:
         policy = moe.capacity.train

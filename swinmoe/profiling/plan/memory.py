@@ -120,11 +120,13 @@ def _block(config: ModelConfig, stage: int, at: Setting) -> _Block:
     cosine = style.similarity == "cosine"
     # In turns, only what they are made of
     queries = (3 if in_turns else 6 if cosine else 4) * narrow
-    kept = wide + narrow + queries + once + (once if config.drop_path_rate else 0)
+    # Each dropout keeps its mask; that of attention weights besides what it made of them, which a product needs.
+    drops, path = config.drop_rate > 0, config.drop_path_rate > 0
+    kept = wide + narrow + queries + once * (1 + path + drops)
     if not (at.fused_attention or in_turns):
-        kept += weights
-    hidden = int(dim * config.mlp_ratio)
-    mlp = wide + once + 2 * prod(grid.size) * hidden * at.narrow + (once if config.drop_path_rate else 0)
+        kept += weights * (3 if config.attn_drop_rate else 1)
+    hidden = prod(grid.size) * int(dim * config.mlp_ratio) * at.narrow
+    mlp = wide + once * (1 + path + drops) + hidden * (2 + drops)
     table = heads * grid.area**2 * at.wide
     masked = table * (1 + grid.num_windows)
     network = 0.0 if style.position_bias == "table" else num_offsets(grid.window) * (CPB_HIDDEN + heads) * at.narrow
@@ -139,7 +141,8 @@ def _rows_kept(spread: Spread) -> float:
     layer, at = spread.layer, spread.at
     here, met = spread.rows * layer.dim * at.narrow, spread.rows_computed * at.narrow
     parts = spread.slices // min(spread.parallel.weight_group, spread.slices)
-    inside = met * (layer.dim + (layer.fc1_rows + layer.hidden) / parts)
+    masks = layer.hidden if spread.moe.experts.dropout else 0
+    inside = met * (layer.dim + (layer.fc1_rows + layer.hidden + masks) / parts)
     return inside + here + spread.parallel.weight_group * spread.weight_bytes
 
 
@@ -170,7 +173,8 @@ def kept_for_backward(config: ModelConfig, spreads: list[Spread], at: Setting) -
             # merging: what was brought together, and that normed, or its projection to half the size
             kept += block.input * (2 if resolve_style(config.style).merge_norm == "before" else 1.5)
     kept += config.in_chans * prod(config.img_size) * at.wide
-    kept += prod(stage_grids(config)[0].size) * config.embed_dim * at.wide * config.patch_norm
+    embedded = prod(stage_grids(config)[0].size) * config.embed_dim * at.wide
+    kept += embedded * (config.patch_norm + (config.drop_rate > 0))
     kept += block.input + 2 * config.num_classes * at.wide
     rows = sum(_decisions(s) + (0.0 if s.recomputed else _rows_kept(s)) for s in spreads)
     return at.images * kept + shared, rows

@@ -113,6 +113,12 @@ MODELS = {
             "experts": {"fc2_bias": "frozen-zero"},
         },
     },
+    "dropout everywhere": {
+        "style": "v2",
+        "drop_rate": 0.1,
+        "attn_drop_rate": 0.1,
+        "moe": {"num_experts": 4, "experts": {"dropout": 0.1}},
+    },
     "local balance": {"moe": {"num_experts": 4, "losses": {"gshard": 0.01, "batch": "local"}}},
 }
 
