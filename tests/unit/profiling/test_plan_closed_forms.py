@@ -163,6 +163,21 @@ def test_layers_with_capacities_of_their_own_are_as_planned() -> None:
     assert found.set_aside == ()
 
 
+@pytest.mark.parametrize(
+    "changes", [{"drop_rate": 0.1}, {"attn_drop_rate": 0.1}, {"moe": {"num_experts": 4, "experts": {"dropout": 0.1}}}]
+)
+def test_what_dropout_keeps_is_planned(changes: dict[str, object]) -> None:
+    """More than without, planned and found: masks, and attention weights after theirs."""
+
+    def kept(changes: dict[str, object]) -> tuple[float, float]:
+        run = build(RunConfig, {"model": {**SPARSE, "style": "v2", **changes}, "train": {"batch_size": 64}})
+        (check,) = (c for c in dry_run(run, load_hardware("cpu"), 8).looks[0].checks if c.what.startswith("kept"))
+        return check.planned, check.found
+
+    planned, found = (more - less for more, less in zip(kept(changes), kept({}), strict=True))
+    assert planned == pytest.approx(found, rel=0.05) and found > 0
+
+
 def test_a_thousand_ranks() -> None:
     tree = {"model": SPARSE, "parallel": {"ep_size": 4}, "train": {"batch_size": 4096}}
     found = dry_run(build(RunConfig, tree), load_hardware("cpu"), 1024)
