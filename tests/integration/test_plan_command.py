@@ -35,6 +35,15 @@ def test_ranks_are_planned_and_the_best_can_be_trained(tmp_path: Path) -> None:
     assert out.read_text().startswith("# Planned for 8 ranks of A100")
 
 
+@pytest.mark.parametrize(("ranks", "payload"), [("1", "full"), ("2", "bf16")])
+def test_a_rounded_payload_goes_where_no_token_travels(ranks: str, payload: str, tmp_path: Path) -> None:
+    out = tmp_path / "best.yaml"
+    words = ("parallel.ep_size=2", "parallel.payload=bf16", "--ranks", ranks, "--hardware", "a100", "--out", str(out))
+    assert f"parallel.payload={payload}" in invoke(CONFIG, *words)
+    parallel = load(RunConfig, out).parallel
+    assert parallel.payload == payload and (parallel.token_group > 1) == (payload == "bf16")
+
+
 def test_json_has_every_way_best_first() -> None:
     found = json.loads(invoke(CONFIG, "--ranks", "1,8", "--batch", "8", "--json"))
     assert set(found) == {"1", "8"}

@@ -42,6 +42,7 @@ class Option:
             "parallel.exchange": parallel.exchange,
             "parallel.local_size": parallel.local_size,
             "parallel.chunks": parallel.chunks,
+            "parallel.payload": parallel.payload,
             "train.batch_size": self.run.train.batch_size,
             "train.accumulation": self.run.train.accumulation,
             "model.grad_checkpointing": _plain(self.run.model.grad_checkpointing),

@@ -41,9 +41,11 @@ class Way:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """Keys of a run."""
+        """Keys of a run; `parallel.payload` is among them where no token travels, and is `full` there."""
         parallel = asdict(self)
         dispatcher = parallel.pop("dispatcher")
+        if self.token_group == 1:
+            parallel["payload"] = "full"  # rounding is refused where nothing could be rounded
         return {"parallel": parallel, "model": {"moe": {"dispatcher": dispatcher}}}
 
     @property
@@ -52,15 +54,12 @@ class Way:
         return self.ep_size // self.weight_group
 
     def applied(self, run: RunConfig) -> RunConfig:
-        """`run` in this way. `parallel.payload` falls back to `full` where no token travels.
+        """`run` in this way.
 
         Raises:
             ConfigError: the run's experts cannot be spread like this.
         """
-        over = self.overrides
-        if self.token_group == 1:
-            over["parallel"]["payload"] = "full"
-        return with_overrides(run, over)
+        return with_overrides(run, self.overrides)
 
     def __str__(self) -> str:
         if self.ep_size == 1:

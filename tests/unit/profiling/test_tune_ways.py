@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from swinmoe.commands.tune_exchange import _config_with
 from swinmoe.config import RunConfig
-from swinmoe.config.io import build
+from swinmoe.config.io import build, load
 from swinmoe.errors import ConfigError
 from swinmoe.profiling.clock import Timing
 from swinmoe.profiling.tune.remembered import RememberedWays, shape_of
@@ -101,6 +102,15 @@ def test_a_rounded_payload_goes_where_no_token_travels():
     run = sparse(ep_size=2, payload="bf16")
     assert Way("ragged", 2, 2).applied(run).parallel.payload == "full"
     assert Way("ragged", 2, 1, chunks=2).applied(run).parallel.payload == "bf16"
+
+
+@pytest.mark.parametrize("way", [Way("ragged", 1), Way("padded", 2, 2), Way("ragged", 2, 1, chunks=2)])
+def test_a_config_with_a_rounded_payload_can_be_written_in_every_way(way: Way, tmp_path: Path):
+    config, out = tmp_path / "run.yaml", tmp_path / "best.yaml"
+    config.write_text("model: {preset: swin_moe_micro, moe: {num_experts: 4}}\nparallel: {ep_size: 4}\n")
+    overrides = ["parallel.payload=bf16"]
+    out.write_text(_config_with(config, overrides, way, []))
+    assert load(RunConfig, out) == way.applied(load(RunConfig, config, overrides))
 
 
 def test_it_remembers_shapes_apart(tmp_path: Path):
