@@ -18,7 +18,7 @@ from swinmoe.moe.dispatchers.tutel import tutel_serves
 from swinmoe.profiling.session import ProfileSession, profile_session
 from swinmoe.profiling.tune.exchange import step_times
 from swinmoe.profiling.tune.remembered import RememberedWays, default_file, shape_of
-from swinmoe.profiling.tune.ways import Trial, Way, ratio, search
+from swinmoe.profiling.tune.ways import Trial, Way, possible, ratio, search
 from swinmoe.profiling.tune.written import as_yaml
 from swinmoe.runtime import agree, describe_environment, from_first, launched_local_world, launched_world
 from swinmoe.verify.launch import run_on
@@ -93,14 +93,16 @@ def _tune(run: RunConfig, world: int, options: ExchangeOptions, session: Profile
     remembered = RememberedWays(options.cache or default_file())
     dispatchers = ["ragged", "padded", *["tutel"] * tutel_serves(session.device.type)]
     agree({"the dispatchers that can be tried": dispatchers})
-    measured = {"backward": options.backward, "ep_sizes": options.ep_sizes, "dispatchers": dispatchers}
+    # The config's own layout is tried first, whatever it is.
+    tried = sorted({Way.of(run).dispatcher, *dispatchers})
+    measured = {"backward": options.backward, "ep_sizes": options.ep_sizes, "dispatchers": tried}
     # Ranks may run on machines of several kinds; the key is rank 0's.
     device = str(describe_environment()["device"])
     if session.device.type == "cpu":
         device = f"cpu {describe_environment()['cpu']}"
     shape = from_first(shape_of(run, world, launched_local_world(), device, measured))
     known = from_first(remembered.find(shape) if session.is_main and not options.again else None)
-    if known is not None:
+    if known is not None and known.dispatcher in tried and possible(run, known, world):
         tell(f"remembered in {remembered.path}; --again measures anew")
         return known, []
     measure = partial(step_times, device=session.device, backward=options.backward, rounds=options.rounds, say=tell)

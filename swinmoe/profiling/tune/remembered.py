@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from swinmoe.errors import ConfigError
 from swinmoe.profiling.tune.ways import Way
 from swinmoe.version import __version__
 
-_WHAT_A_WAY_CHANGES = ("dispatcher",)
+_NOT_OF_A_STEP = ("epochs", "steps", "eval_batch_size", "eval_every_epochs", "dead_expert_window")
+"""Keys of `train` that tell how long and how often."""
 
 
 def default_file() -> Path:
@@ -33,19 +34,21 @@ def shape_of(run: RunConfig, world: int, local_world: int, device: str, options:
     """All that a time depends on and a way does not change.
 
     Args:
-        run: its model, batch and precision count; names, data, schedule and `parallel` do not.
+        run: everything counts but names, seed, data, lengths, rates, and the keys that a way sets.
         world, local_world: ranks, and those of one machine.
         device: its name.
         options: of the measurement that bear on what is best.
     """
     assert run.model.moe is not None
+    chosen = asdict(Way.of(run)).keys()
     model = to_tree(run.model)
-    model["moe"] = {key: value for key, value in model["moe"].items() if key not in _WHAT_A_WAY_CHANGES}
+    model["moe"] = _without(model["moe"], chosen)
     return {
         "model": model,
-        "batch_size": run.train.batch_size,
-        "accumulation": run.train.accumulation,
-        "precision": run.train.precision,
+        "train": _without(to_tree(run.train), _NOT_OF_A_STEP),
+        "parallel": _without(to_tree(run.parallel), {*chosen, "timeout_minutes"}),
+        "clip_grad_norm": run.optim.clip_grad_norm,
+        "layer_decay": run.optim.layer_decay,
         "world": world,
         "processes_per_machine": local_world,
         "device": device,
@@ -55,6 +58,10 @@ def shape_of(run: RunConfig, world: int, local_world: int, device: str, options:
         "swinmoe": __version__,
         **options,
     }
+
+
+def _without(tree: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in tree.items() if key not in keys}
 
 
 class RememberedWays:

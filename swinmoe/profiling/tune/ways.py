@@ -147,7 +147,7 @@ def _winner(tried: Sequence[tuple[Way, Timing]]) -> Way:
 def _first(run: RunConfig, world: int, ep_sizes: Sequence[int] | None) -> Way:
     """The run's own way, or the nearest that these ranks allow."""
     own = Way.of(run)
-    if _possible(run, own, world) and (ep_sizes is None or own.ep_size in ep_sizes):
+    if possible(run, own, world) and (ep_sizes is None or own.ep_size in ep_sizes):
         return own
     plain = Way(own.dispatcher, ep_size=1)
     found = list(_spreads(run, plain, world, ep_sizes))
@@ -163,7 +163,7 @@ def _spreads(run: RunConfig, way: Way, world: int, ep_sizes: Sequence[int] | Non
     for ep in divisors(world) if ep_sizes is None else ep_sizes:
         for group in divisors(ep):
             new = Way(way.dispatcher, ep, group)
-            if _possible(run, new, world):
+            if possible(run, new, world):
                 yield new
 
 
@@ -175,7 +175,8 @@ def _exchanges(run: RunConfig, way: Way) -> Iterator[Way]:
             yield replace(way, exchange="2dh", local_size=local)
 
 
-def _possible(run: RunConfig, way: Way, world: int) -> bool:
+def possible(run: RunConfig, way: Way, world: int) -> bool:
+    """Whether the sparse `run` can be run in this way on `world` ranks."""
     if world % way.ep_size:
         return False
     try:

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from swinmoe.commands.tune_exchange import _config_with
+from swinmoe.commands import tune_exchange
+from swinmoe.commands.tune_exchange import ExchangeOptions, _config_with, _tune
 from swinmoe.config import RunConfig
-from swinmoe.config.io import build, load
+from swinmoe.config.io import build, load, with_overrides
 from swinmoe.errors import ConfigError
 from swinmoe.profiling.clock import Timing
+from swinmoe.profiling.session import ProfileSession
 from swinmoe.profiling.tune.remembered import RememberedWays, shape_of
 from swinmoe.profiling.tune.ways import Way, search
+from swinmoe.records import RunRecord
 
 ROUNDS = 12
 
@@ -135,6 +139,64 @@ def test_it_remembers_shapes_apart(tmp_path: Path):
     ways.keep(shape_of(bigger, 2, 2, "cpu", {}), Way("ragged", 1), 1.0)
     assert ways.find(shape) == best and len(json.loads(ways.path.read_text())["entries"]) == 2
     assert [path.name for path in ways.path.parent.iterdir()] == ["exchange.json"]
+
+
+CHANGES = [
+    {"parallel": {"payload": "bf16", "ep_size": 2}},
+    {"parallel": {"zero": True}},
+    {"parallel": {"shard_dense": True}},
+    {"train": {"compile": True}},
+    {"train": {"offload_activations": True}},
+    {"train": {"tf32": True}},
+    {"train": {"precision": "bf16"}},
+    {"train": {"ema_decay": 0.9}},
+    {"train": {"batch_size": 32}},
+    {"train": {"accumulation": 2}},
+    {"optim": {"clip_grad_norm": None}},
+    {"optim": {"layer_decay": 0.9}},
+    {"model": {"grad_checkpointing": True}},
+    {"model": {"moe": {"capacity": {"train": {"kind": "fixed", "factor": 1.0}}}}},
+]
+NO_CHANGES = [
+    {"name": "other", "seed": 3, "output_dir": "elsewhere"},
+    {"train": {"epochs": 7, "steps": 9, "eval_batch_size": 8, "eval_every_epochs": None, "dead_expert_window": 5}},
+    {"optim": {"base_lr": 0.5}, "data": {"limit": 9}, "log": {"every_steps": 1}},
+    {"parallel": {"timeout_minutes": 1, "ep_size": 4, "weight_group": 2, "exchange": "2dh", "local_size": 2}},
+    {"parallel": {"ep_size": 2, "chunks": 2}, "model": {"moe": {"dispatcher": "padded"}}},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_a_step_changes_its_shape(change: dict[str, Any]):
+    assert shape_of(with_overrides(sparse(), change), 2, 2, "cpu", {}) != shape_of(sparse(), 2, 2, "cpu", {})
+
+
+@pytest.mark.parametrize("change", NO_CHANGES)
+def test_what_does_not_leaves_it(change: dict[str, Any]):
+    assert shape_of(with_overrides(sparse(), change), 2, 2, "cpu", {}) == shape_of(sparse(), 2, 2, "cpu", {})
+
+
+def tuned(run: RunConfig, cache: Path) -> tuple[Way, bool]:
+    """What the command takes on one process, and whether it measured."""
+    way, trials = _tune(run, 1, ExchangeOptions(cache=cache), ProfileSession(torch.device("cpu"), 0, RunRecord(None)))
+    return way, bool(trials)
+
+
+def test_only_a_way_that_the_run_can_take_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    measure = timed(lambda way: {"ragged": 3.0, "padded": 2.0, "gshard": 1.0}[way.dispatcher])
+    monkeypatch.setattr(tune_exchange, "step_times", lambda runs, **options: measure(runs))
+    cache, run = tmp_path / "exchange.json", sparse()
+    best = Way("padded", 1)
+    assert tuned(run, cache) == (best, True) and tuned(run, cache) == (best, False)
+    for other in ({"ep_size": 2}, {"chunks": 2}, {"dispatcher": "gshard"}):
+        text = json.loads(cache.read_text())
+        (entry,) = text["entries"].values()
+        entry["way"] |= other
+        cache.write_text(json.dumps(text))
+        assert tuned(run, cache) == (best, True)
+    # A config that has another layout was measured with it, and this one would not be.
+    own = with_overrides(run, {"model": {"moe": {"dispatcher": "gshard"}}})
+    assert tuned(own, cache) == (Way("gshard", 1), True) and tuned(run, cache) == (best, False)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"entries": {"a": {"way": {"ep": 1}}}}'])
