@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from swinmoe.commands.outfile import check_out
 from swinmoe.config import RunConfig
 from swinmoe.config.io import build, dump, load, with_overrides
 from swinmoe.errors import ConfigError
@@ -64,12 +65,6 @@ def parse_ranks(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in words)
 
 
-def check_writable(option: str, out: Path) -> None:
-    """`ConfigError` if no file can be written at `out`: before work, not after it."""
-    if not out.parent.is_dir():
-        raise ConfigError(f"{option} {out}: the folder {str(out.parent)!r} does not exist; make it first")
-
-
 def run_refinement(out: Path, records: Sequence[Path], question: Question) -> None:
     """Scale a machine's figures by steps that `profile model` has measured on it, and write it as YAML.
 
@@ -81,7 +76,7 @@ def run_refinement(out: Path, records: Sequence[Path], question: Question) -> No
     Raises:
         ConfigError: no training step of a whole model in the records, or no folder for `out`.
     """
-    check_writable("--calibrate", out)
+    check_out("--calibrate", out)
     named_steps = [step for path in records for step in measured_steps(path)]
     if not named_steps:
         named = ", ".join(map(str, records))
@@ -122,11 +117,11 @@ def run_calibration(out: Path, *, processes: int | None, rounds: int) -> int:
     """Measure this machine and write it as YAML; the exit status.
 
     Raises:
-        ConfigError: `processes` below 1 or beside a launcher that started another number; `out` in a folder that is
-            not there.
+        ConfigError: `processes` below 1 or beside a launcher that started another number; `out` cannot be a
+            file.
     """
     world = launched_world()
-    check_writable("--calibrate", out)
+    check_out("--calibrate", out)
     if processes is not None and (processes < 1 or world not in (1, processes)):
         raise ConfigError(
             f"--processes {processes} must be at least 1, and under a launcher, which started {world}, left away"
@@ -182,9 +177,11 @@ def run(
     """Predict, rank, show; write the best as a config.
 
     Raises:
-        ConfigError: a config, a number of ranks or a machine that does not fit together; `out` for several numbers of
-            ranks, or where nothing fits into memory.
+        ConfigError: a config, a number of ranks or a machine that does not fit together; `out` that cannot be a file,
+            for several numbers of ranks, or where nothing fits into memory.
     """
+    if out is not None:
+        check_out("--out", out)
     resolved = load(RunConfig, config, overrides)
     if out is not None and len(question.ranks) != 1:
         raise ConfigError(f"--out {out} takes the best way for one number of ranks; --ranks names {question.ranks}")

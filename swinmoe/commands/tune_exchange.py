@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
+from swinmoe.commands.outfile import check_out, refusal
 from swinmoe.config import RunConfig
 from swinmoe.config.io import load, merge, parse_overrides, read_yaml
 from swinmoe.errors import ConfigError
@@ -64,19 +65,24 @@ def run_exchange(
     """Tune, show, write the config to the file `out`; the exit status.
 
     Raises:
-        ConfigError: a dense config, no way to run it here, or `processes` beside a launcher that started another
-            number.
+        ConfigError: a dense config, no way to run it here, `out` that cannot be a file, or `processes` beside a
+            launcher that started another number.
     """
     run = load(RunConfig, config, overrides)
     if run.model.moe is None:
         raise ConfigError(f"tune exchange needs a sparse model, and {str(config)!r} is dense")
     world = launched_world()
+    if world == 1 and out is not None:
+        check_out("--out", out)
     if world > 1 and processes not in (None, world):
         raise ConfigError(f"--processes {processes} under a launcher that started {world}; leave one of the two away")
     if world == 1 and processes is not None and processes > 1:
         argv = ["tune", "exchange", str(config), *overrides, *options.argv]
         return run_on(processes, argv + (["--out", str(out)] if out is not None else []))
     with profile_session(None, {"config": run, "options": options}) as session:
+        refused = from_first(None if out is None else refusal("--out", out))  # all end alike; rank 0 will write
+        if refused is not None:
+            raise refused
         way, trials = _tune(run, world, options, session)
     if session.is_main:
         console = Console(highlight=False)

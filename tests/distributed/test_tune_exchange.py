@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 from pool import Pool
 
+from swinmoe.commands import tune_exchange
 from swinmoe.commands.tune_exchange import ExchangeOptions, _tune, parse_ep_sizes, run_exchange
 from swinmoe.config import RunConfig
 from swinmoe.config.io import build, load
@@ -68,6 +70,22 @@ def test_the_command_starts_its_processes_and_writes_a_config(tmp_path: Path) ->
     assert "best here: ep_size 2" in done.stdout and "parallel: {ep_size: 2" in done.stdout
     run = load(RunConfig, out)
     assert run.parallel.ep_size == 2 and run.train.batch_size == 4 and run.name == "tiny"
+
+
+def refused(config: str, out: str) -> str:
+    with mock.patch.object(tune_exchange, "_tune", side_effect=AssertionError("measured")):
+        try:
+            run_exchange(Path(config), [], ExchangeOptions(), processes=None, out=Path(out))
+        except ConfigError as error:
+            return str(error)
+    return ""
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_all_measuring(pool2: Pool, tmp_path: Path) -> None:
+    config, out = tmp_path / "tiny.yaml", tmp_path / "none" / "best.yaml"
+    config.write_text(yaml.safe_dump(TREE))
+    for found in (*pool2.run(refused, str(config), str(out)), refused(str(config), str(out))):
+        assert f"--out {out}: the folder" in found
 
 
 def test_what_cannot_be_tuned_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from swinmoe.cli import app, explain
+from swinmoe.commands import plan
 from swinmoe.config import RunConfig
 from swinmoe.config.io import load, to_tree
 from swinmoe.errors import ConfigError
@@ -122,6 +123,8 @@ def test_a_dry_run_says_what_it_puts_aside() -> None:
         ((CONFIG, "--dry-run", "2", "--out", "x.yaml"), "--out takes the best way of a plan, and --dry-run makes none"),
         ((CONFIG, "--ranks", "2", "--imbalance", "-3"), "--imbalance -3.0 must be at least 1"),
         ((CONFIG, "--dry-run", "6", "parallel.ep_size=4", "--batch", "2"), "does not divide 6 ranks"),
+        ((CONFIG, "--ranks", "1", "--out", "no/such/folder/x.yaml"), "--out no/such/folder/x.yaml: the folder"),
+        ((CONFIG, "--ranks", "1", "--out", "configs"), "--out configs is a folder; give a file"),
         (("--calibrate", "no/such/folder/x.yaml"), "does not exist; make it first"),
     ],
 )
@@ -130,3 +133,9 @@ def test_what_cannot_be_planned_says_why(words: tuple[str, ...], message: str) -
         invoke(*words)
     assert message in str(caught.value)
     assert explain(caught.value)[0] == 2
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "search", lambda *_: pytest.fail("searched"))
+    with pytest.raises(ConfigError, match="does not exist; make it first"):
+        invoke(CONFIG, "--ranks", "1", "--out", "no/such/folder/x.yaml")
