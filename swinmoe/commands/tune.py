@@ -184,11 +184,14 @@ def show(tuning: Tuning, console: Console) -> None:
     console.print(curves)
     setting = tuning.verdict.setting
     drops = ("dropped, chosen on", "dropped, checked on", "from dropless loads")
-    layers = Table(Column("layer", no_wrap=True), "factor", *drops)
+    busiest = ["busiest expert / mean"] + [f"busiest of {tuning.ep_size} ranks / mean"] * (tuning.ep_size > 1)
+    layers = Table(Column("layer", no_wrap=True), "factor", *drops, *busiest)
     for layer, factor in setting.factors.items():
         predicted = drop_fraction(tuning.loads[layer], at_factor(tuning.own[layer], factor))
         found = (tuning.verdict.chosen.drops[layer], tuning.verdict.seen.drops[layer], predicted)
-        layers.add_row(layer, label(factor), *(f"{100 * drop:.2f} %" for drop in found))
+        loads = (tuning.expert_imbalance(layer), tuning.rank_imbalance(layer))
+        cells = [f"{100 * drop:.2f} %" for drop in found] + [f"{load:.2f}" for load in loads if load is not None]
+        layers.add_row(layer, label(factor), *cells)
     console.print(layers)
     for line in verdict_lines(tuning):
         console.print(line, markup=False, soft_wrap=True)

@@ -62,6 +62,10 @@ worst_error (relative, of times), points: list of {name, message_bytes, ranks, s
 
 `swinmoe tune` writes besides
 
+- `expert_loads`: mode, layer, top_k, tokens (of each batch), routed (batches x experts, choices before drops): what the
+  dropless pass over the batches for choosing saw, step by step, in each step by process; expert_imbalance (the busiest
+  expert's over the mean, mean over batches), rank_imbalance (likewise of the ep_size ranks that share the experts, over
+  so many batches together as meet there; null where ep_size is 1), ep_size, together
 - `drop_curve`: mode, layer, factors, drops: the share of choices that each factor drops of a dropless pass's loads
 - `recommendation`, capacity: mode, asked, factors, batch_prioritized, separate (checked on other images than chosen
   on), chosen, checked, dropless (as a measurement's), ms {recommended, dropless, now}, failures (what was not kept)
@@ -79,7 +83,7 @@ from typing import Any
 from swinmoe.errors import CheckpointError
 
 RECORD_KINDS: tuple[str, ...] = ("run", "arm", "load", "step", "capacity", "eval", "samples", "class_expert", "final")
-RECORD_KINDS += ("superseded", "note", "profile", "measurement", "fit", "drop_curve", "recommendation")
+RECORD_KINDS += ("superseded", "note", "profile", "measurement", "fit", "expert_loads", "drop_curve", "recommendation")
 Line = dict[str, Any]
 
 

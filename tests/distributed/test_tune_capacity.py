@@ -99,12 +99,13 @@ def tuned(path: str, mode: Mode, words: list[str], processes: int) -> Tuning:
 
 
 def without_times(tuning: Tuning) -> Tuning:
+    """Nor the ranks that shared the experts."""
     none = Timing(())
     points, layered = (
         tuple(replace(point, timing=none) for point in points) for points in (tuning.points, tuning.layered)
     )
     verdict = replace(tuning.verdict, timings=dict.fromkeys(tuning.verdict.timings, none))
-    return replace(tuning, points=points, layered=layered, verdict=verdict)
+    return replace(tuning, points=points, layered=layered, verdict=verdict, ep_size=1, together=1)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -118,6 +119,7 @@ def test_two_processes_find_what_one_finds_with_their_batches(trained: Path, poo
         first, second = pool2.run(tuned, str(trained), mode, [f"parallel.ep_size={ep_size}"], 2)
         assert first == second  # times too
         assert without_times(first) == without_times(one)
+        assert (first.ep_size, first.together) == (ep_size, ep_size)
 
 
 def looks(path: str, words: list[str], processes: int) -> list[Seen]:

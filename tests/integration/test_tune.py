@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,24 @@ def bench_of(opened: Opened, mode: Any, images: int = 160) -> Workbench:
     return Workbench(opened, mode, [batch for (batch,) in steps_of(opened, mode, images)])
 
 
+def check_loads(trained: Path, records: list[dict[str, Any]]) -> None:
+    """Every batch's choices are recorded as the layers themselves count them; dropless, so all are kept."""
+    found = {(line["mode"], line["layer"]): line for line in records if line["kind"] == "expert_loads"}
+    assert set(found) == {(mode, layer) for mode in ("train", "eval") for layer in LAYERS}
+    opened = open_model(trained, ["model.moe.capacity={train: {kind: dropless}, eval: {kind: dropless}}"])
+    counts: dict[str, list[list[int]]] = {layer: [] for layer in LAYERS}
+    for batch in halves(steps_of(opened, "eval", 320))[0]:
+        for layer, stats in opened.model(batch.images).routing.items():
+            counts[layer].append(stats.kept.tolist())
+    for layer in LAYERS:
+        line = found["eval", layer]
+        assert line["routed"] == counts[layer] and len(counts[layer]) > 1
+        assert [sum(row) for row in line["routed"]] == [line["top_k"] * tokens for tokens in line["tokens"]]
+        routed = torch.tensor(counts[layer], dtype=torch.float64)
+        assert line["expert_imbalance"] == pytest.approx(float((routed.amax(1) / routed.mean(1)).mean()))
+        assert line["rank_imbalance"] is None and line["ep_size"] == 1
+
+
 def test_a_tuned_config_keeps_what_was_asked(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     words = ["tune", "capacity", str(trained), "--max-drop", "0.05", "--images", "320", "--rounds", "2"]
@@ -89,6 +108,7 @@ def test_a_tuned_config_keeps_what_was_asked(trained: Path, tmp_path: Path, caps
         assert kept == (not line["failures"])
         assert line["dropless"]["drop_fraction"] == 0.0
     assert ("NOT met" in said) == bool(ended.value.code)
+    check_loads(trained, records)
     named = [line["name"] for line in records if line["kind"] == "measurement"]
     assert len(named) == len(set(named)) == 2 * (2 * 3 + 1)
     with Image.open(out / "tune.png") as picture:
@@ -234,3 +254,23 @@ def test_without_a_folder_the_keys_are_printed(opened: Opened, trained: Path, ca
     tune.run_capacity(trained, [], options, which="auto", out=None)
     printed = capsys.readouterr().out
     assert "# model.moe.capacity.layers" in printed and f"{LAYERS[0]}:" in printed
+
+
+def test_ranks_that_share_experts_are_told_how_busy_they_are(opened: Opened) -> None:
+    """As the run that trained the model shared them, whatever runs here."""
+    trained = opened.source.run
+    assert trained is not None
+    shared = replace(trained, parallel=replace(trained.parallel, ep_size=2))
+    opened = replace(opened, source=replace(opened.source, run=shared))
+    for processes, together in ((1, 1), (2, 2), (4, 2)):
+        steps = steps_of(opened, "eval", 160, processes)
+        found = tune_capacity(opened, "eval", steps, Asked(max_drop=0.9), factors=(None,), rounds=1)
+        assert (found.ep_size, found.together) == (2, together)
+        for layer in LAYERS:
+            experts = torch.tensor([load.routed for load in found.loads[layer]], dtype=torch.float64)
+            ranks = experts.view(-1, together, 2, 2).sum((1, 3))
+            assert found.rank_imbalance(layer) == pytest.approx(float((ranks.amax(1) / ranks.mean(1)).mean()))
+        text = io.StringIO()
+        tune.show(found, Console(file=text, width=250))
+        assert "busiest of 2 ranks / mean" in text.getvalue()
+        assert f"{found.rank_imbalance(LAYERS[0]):.2f}" in text.getvalue()

@@ -15,7 +15,7 @@ from swinmoe.config import CapacityPolicy
 from swinmoe.profiling.clock import Timing, take_turns
 from swinmoe.profiling.tune.batches import Steps, halves
 from swinmoe.profiling.tune.choose import Asked, Point, broken, fastest_within
-from swinmoe.profiling.tune.loads import Load, least_factor
+from swinmoe.profiling.tune.loads import Load, imbalance, least_factor
 from swinmoe.profiling.tune.passes import Factor, Mode, Seen, Setting, Workbench, at_factor
 from swinmoe.train.opened import Opened
 
@@ -59,6 +59,18 @@ class Tuning:
     """By layer, the capacity that the model has."""
     separate: bool
     """Whether choosing and checking had batches of their own: false where there is only one step."""
+    ep_size: int
+    """Ranks that share the experts: of these processes, or of the run that trained the model."""
+    together: int
+    """Neighbouring `loads` that meet at the same experts."""
+
+    def expert_imbalance(self, layer: str) -> float:
+        """Load of the busiest expert over the mean in one process's batch."""
+        return imbalance(self.loads[layer])
+
+    def rank_imbalance(self, layer: str) -> float | None:
+        """Load of the busiest rank over the mean of those that share the experts; None where one has them all."""
+        return imbalance(self.loads[layer], self.ep_size, self.together) if self.ep_size > 1 else None
 
 
 def label(factor: Factor) -> str:
@@ -104,7 +116,31 @@ def tune_capacity(
     tell(f"{mode}: checking on other batches" if separate else f"{mode}: checking")
     verdict = _check(checking, asked, setting, chosen, rounds)
     choosing.forget_gradients()
-    return Tuning(mode, asked, tuple(uniform), tuple(per_layer), reference.loads, verdict, choosing.own, separate)
+    ep_size = _ep_size(opened)
+    return Tuning(
+        mode,
+        asked,
+        tuple(uniform),
+        tuple(per_layer),
+        reference.loads,
+        verdict,
+        choosing.own,
+        separate,
+        ep_size,
+        _together(reference, ep_size, len(steps[0]) * opened.mesh.world, len(steps[::2])),
+    )
+
+
+def _ep_size(opened: Opened) -> int:
+    """One process has all experts of a model that may have been trained otherwise."""
+    trained = opened.source.run
+    return trained.parallel.ep_size if opened.mesh.world == 1 and trained is not None else opened.mesh.ep_size
+
+
+def _together(seen: Seen, ep_size: int, processes: int, steps: int) -> int:
+    """Batches of an expert group; all of a step where the processes make up no whole groups, or some had no image."""
+    of_step = len(next(iter(seen.loads.values()))) // steps
+    return ep_size if of_step == processes and processes % ep_size == 0 else of_step
 
 
 def _layered(

@@ -53,6 +53,25 @@ def drop_fraction(loads: Sequence[Load], policy: CapacityPolicy) -> float:
     return sum(load.dropped(policy) for load in loads) / choices if choices else 0.0
 
 
+def imbalance(loads: Sequence[Load], ranks: int | None = None, together: int = 1) -> float:
+    """Choices of the busiest over the mean, drops counted: 1 = balanced, 0 without choices; the mean over batches.
+
+    Args:
+        loads: batch after batch.
+        ranks: that share the experts. Of n ranks, rank r holds the experts [r·E/n, (r + 1)·E/n), or one of the slices
+            of an expert where n > E, which sees all of its rows. None = of single experts.
+        together: neighbouring batches that meet at the experts, of as many processes, taken as one.
+    """
+    found = []
+    for first in range(0, len(loads), together):
+        experts = [sum(part) for part in zip(*(load.routed for load in loads[first : first + together]), strict=True)]
+        each = max(1, len(experts) // (ranks or len(experts)))
+        busy = [sum(experts[i : i + each]) for i in range(0, len(experts), each)]
+        if sum(busy):
+            found.append(max(busy) * len(busy) / sum(busy))
+    return statistics.fmean(found) if found else 0.0
+
+
 def upper_bound(values: Sequence[float]) -> float:
     """One-sided 95 % bound of the mean that `values` are drawn from; of fewer than two, the mean itself."""
     mean = statistics.fmean(values) if values else 0.0

@@ -57,7 +57,7 @@ def as_yaml(tree: Tree, comment: Iterable[str] = ()) -> str:
 
 
 def write_records(records: RunRecord, tuning: Tuning) -> None:
-    """A `measurement` per setting, a `drop_curve` per layer and the `recommendation`."""
+    """A `measurement` per setting, `expert_loads` and a `drop_curve` per layer, and the `recommendation`."""
     for point in (*tuning.points, *tuning.layered):
         records.write(
             "measurement",
@@ -74,6 +74,18 @@ def write_records(records: RunRecord, tuning: Tuning) -> None:
             **_seen(point.seen),
         )
     for layer, loads in tuning.loads.items():
+        records.write(
+            "expert_loads",
+            mode=tuning.mode,
+            layer=layer,
+            top_k=loads[0].top_k,
+            tokens=[load.tokens for load in loads],
+            routed=[load.routed for load in loads],
+            expert_imbalance=tuning.expert_imbalance(layer),
+            rank_imbalance=tuning.rank_imbalance(layer),
+            ep_size=tuning.ep_size,
+            together=tuning.together,
+        )
         drops = [drop_fraction(loads, at_factor(tuning.own[layer], factor)) for factor in CURVE]
         records.write("drop_curve", mode=tuning.mode, layer=layer, factors=CURVE, drops=drops)
     verdict = tuning.verdict

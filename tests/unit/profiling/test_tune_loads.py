@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from swinmoe.config import CapacityPolicy
 from swinmoe.moe import Routing, capacity
 from swinmoe.moe.dispatch import queue
-from swinmoe.profiling.tune.loads import STEP, Load, drop_bound, drop_fraction, least_factor, upper_bound
+from swinmoe.profiling.tune.loads import STEP, Load, drop_bound, drop_fraction, imbalance, least_factor, upper_bound
 
 policies = st.builds(
     CapacityPolicy,
@@ -78,3 +78,15 @@ def test_the_least_factor_keeps_the_bound_and_the_next_smaller_does_not(seeds, m
 def test_the_bound_is_the_mean_and_1_645_standard_errors():
     assert upper_bound([]) == 0.0 and upper_bound([0.3]) == 0.3
     assert upper_bound([0.0, 0.1, 0.2, 0.3]) == pytest.approx(0.15 + 1.645 * 0.1290994449 / 2)
+
+
+def test_imbalance_of_experts_and_of_ranks():
+    """By hand: 4 experts, batches of 12 choices."""
+    loads = [Load((6, 2, 1, 3), 12, 1), Load((1, 1, 8, 2), 12, 1), Load((0, 0, 0, 0), 0, 1), Load((3, 3, 3, 3), 12, 1)]
+    assert imbalance(loads) == pytest.approx((6 / 3 + 8 / 3 + 1) / 3)
+    assert imbalance(loads, 2) == pytest.approx((8 / 6 + 10 / 6 + 1) / 3)
+    # Sums of two batches: (7, 3, 9, 5) and (3, 3, 3, 3)
+    assert imbalance(loads, 2, 2) == pytest.approx((14 / 12 + 1) / 2)
+    assert imbalance(loads, 4, 2) == pytest.approx((9 / 6 + 1) / 2)
+    assert imbalance(loads, 8, 2) == imbalance(loads, 4, 2)  # two slices of each expert see the same rows
+    assert imbalance(loads[2:3]) == 0.0
