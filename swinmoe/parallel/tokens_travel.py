@@ -93,6 +93,10 @@ class TokensTravel:
 
         Slots differ between ranks when token counts do. Each rank drops by its own capacity; only the size of the
         buffers is the largest of the group's.
+
+        The host waits for its device once where rows are ragged, for the counts of all ranks; in the padded layout not
+        at all, but for the other hosts. That cannot be spared where capacity is fixed either: slots then follow from
+        the number of tokens, but no rank can tell alone that all have as many as it has.
         """
         pg = self.group.group
         if slots is not None:

@@ -9,18 +9,14 @@ counted.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from host_questions import asked
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.weak import WeakIdKeyDictionary
 
 from swinmoe.config import BalanceLossConfig, CapacityConfig, CapacityPolicy, MoEConfig, RouterConfig
 from swinmoe.moe import MoEMlp, expert_mlp
@@ -36,16 +32,6 @@ PADDED = MoEConfig(
     shared_expert_ratio=0.5,
 )
 RAGGED = replace(PADDED, dispatcher="ragged")
-ASKING = {
-    torch.ops.aten._local_scalar_dense.default,
-    torch.ops.aten.equal.default,
-    torch.ops.aten.is_nonzero.default,
-    torch.ops.aten.masked_select.default,
-    torch.ops.aten.nonzero.default,
-    torch.ops.aten.repeat_interleave.Tensor,
-    torch.ops.aten._unique2.default,
-    torch.ops.aten.bincount.default,
-}
 
 
 def step(layer: MoEMlp, x: Tensor) -> None:
@@ -86,54 +72,6 @@ def test_the_ragged_layout_asks() -> None:
         layer = fake_layer(RAGGED)
         with pytest.raises((DataDependentOutputException, RuntimeError)):
             layer(torch.empty(24, 16, device="cuda"))
-
-
-class Questions(TorchDispatchMode):
-    """Knows which tensors would be on the device, and lists what is asked of them."""
-
-    def __init__(self, *tensors: Tensor) -> None:
-        super().__init__()
-        self.asked: list[str] = []
-        self.there: Any = WeakIdKeyDictionary()
-        for tensor in tensors:
-            self.there[tensor] = True
-
-    def on_device(self, values: Any) -> bool:
-        return any(isinstance(value, Tensor) and value in self.there for value in tree_iter(values))
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        there = self.on_device((args, kwargs))
-        if there and func in ASKING:
-            self.asked.append(str(func))
-        out = func(*args, **(kwargs or {}))
-        if there:
-            for value in tree_iter(out):
-                if isinstance(value, Tensor):
-                    self.there[value] = True
-        return out
-
-
-@contextmanager
-def asked(monkeypatch: pytest.MonkeyPatch, *tensors: Tensor) -> Iterator[list[str]]:
-    """What is asked of the device while the block runs; `tensors` begin there."""
-    original: dict[str, Callable[..., Any]] = {name: getattr(Tensor, name) for name in ("cpu", "tolist")}
-    mode = Questions(*tensors)
-
-    def cpu(self: Tensor) -> Tensor:
-        if self not in mode.there:
-            return self
-        mode.asked.append("cpu")
-        return torch.tensor(original["tolist"](self), dtype=self.dtype)
-
-    def tolist(self: Tensor) -> Any:
-        if self in mode.there:
-            mode.asked.append("tolist")
-        return original["tolist"](self)
-
-    monkeypatch.setattr(Tensor, "cpu", cpu)
-    monkeypatch.setattr(Tensor, "tolist", tolist)
-    with mode:
-        yield mode.asked
 
 
 @pytest.mark.parametrize("policy", [CapacityPolicy(), FIXED, CapacityPolicy(kind="fixed", factor=0.5)])
