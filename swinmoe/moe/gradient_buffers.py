@@ -48,6 +48,12 @@ _buffers: Any = WeakIdKeyDictionary()
 _one_at_a_time = threading.Lock()
 
 
+def kept(parameter: Tensor) -> Tensor | None:
+    """The memory that stays for the gradients of `parameter`, lent or not; None if there is none."""
+    buffer = _buffers.get(parameter)
+    return None if buffer is None else buffer.memory
+
+
 def take(weight: Tensor, parameter: Tensor | None) -> Tensor:
     """Memory for the gradient of `weight`, contiguous, of its shape and dtype and with arbitrary values.
 

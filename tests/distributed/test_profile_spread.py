@@ -14,6 +14,7 @@ from pool import Pool
 from swinmoe.config import MoEConfig, ParallelConfig, RunConfig
 from swinmoe.config.io import build
 from swinmoe.config.profile import LayerSweepConfig
+from swinmoe.models import build_model
 from swinmoe.moe import MoEMlp, phases
 from swinmoe.parallel import apply_expert_parallel, make_mesh, no_sync
 from swinmoe.profiling import take_turns
@@ -211,6 +212,34 @@ def test_a_model_over_two_processes(pool2: Pool) -> None:
     assert min(dense["bytes_sent"], sparse["bytes_sent"]) > 0
     assert sparse["phases"]["backward"]["exchange_out"] > 0 == dense["phases"]["backward"]["exchange_out"]
     assert sparse["rows"]["routed"] == sparse["rows"]["kept"]
+
+
+DENSE = {
+    "model": {**MICRO, "moe": None},
+    "data": {"name": "digits"},
+    "train": {"batch_size": 6, "steps": 1, "accumulation": 1},
+}
+
+
+def memory_of(shard_dense: bool) -> dict[str, int]:
+    """Of a dense model's training step on two processes."""
+    run = build(RunConfig, DENSE | {"parallel": {"shard_dense": shard_dense}})
+    (line,) = profile_model({"dense": run}, rounds=1)
+    memory: dict[str, int] = line["memory"]
+    return memory
+
+
+@pytest.mark.parametrize("shard_dense", [False, True], ids=["whole", "FSDP2"])
+def test_a_rank_counts_what_it_has_of_a_parameter(pool2: Pool, shard_dense: bool) -> None:
+    """Rows shared out evenly, one more for the first rank where they are odd; moments with a step count each."""
+    model = build_model(build(RunConfig, DENSE).model)
+    ranks = 2 if shard_dense else 1
+    own = sum(-(-p.shape[0] // ranks) * p[0].nbytes for p in model.parameters())
+    buffers = sum(b.nbytes for b in model.buffers())
+    for memory in pool2.run(memory_of, shard_dense):
+        assert memory["optimizer"] == 2 * own + 4 * len(list(model.parameters()))
+        assert own + buffers <= memory["dense"] <= 2 * own + buffers, "and its gradients that are there at the peak"
+        assert memory["peak"] == sum(memory[name] for name in memory if name != "peak")
 
 
 def recorded(folder: Path) -> int:

@@ -108,3 +108,99 @@ def test_a_layers_memory_grows_with_its_tokens(dispatcher: str, most: float) -> 
     growth = peaks[1] / peaks[0]
     assert 3.5 < growth < most
     assert growth > 8 or dispatcher != "gshard"
+
+
+def test_storages_of_one_memory_count_once() -> None:
+    """As gradients have them whose memory is lent: NumPy's array in between makes a second storage."""
+    tracker = MemoryTracker({"dense": ()})
+    with tracker:
+        memory = torch.zeros(100)
+        lent = torch.from_numpy(memory.numpy()).view(10, 10)
+        assert lent.untyped_storage()._cdata != memory.untyped_storage()._cdata
+        assert tracker.live["activations"] == 400
+        del memory
+        assert tracker.live["activations"] == 400, "the other still holds it"
+        del lent
+        assert tracker.live["activations"] == 0
+
+
+def test_a_storage_that_is_resized_holds_what_it_has() -> None:
+    """As FSDP2 does with parameters that it has gathered. The peak is with both there: 400 and 2·200 bytes."""
+    held = torch.zeros(50)
+    counted = []
+
+    def step() -> None:
+        gathered = torch.zeros(100)
+        storage = gathered.untyped_storage()
+        storage.resize_(0)
+        counted.append(torch.zeros(75))  # 300 and 200: no new peak
+        counted.clear()
+        storage.resize_(400)
+        counted.append(held + 1)
+        counted.clear()
+
+    found = peak_memory(step, nn.Identity(), inputs=[held])
+    assert found["peak"] == found["activations"] == 200 + 400 + 200
+
+
+@pytest.mark.parametrize("layer", ["experts", "dense"])
+def test_gradients_count_once_and_with_their_parameters(layer: str) -> None:
+    """A step that begins by giving gradients back, as a layer's profile has it: parameters, gradients, and no more."""
+    x = torch.randn(4, 8)
+    module = MoEMlp(MoEConfig(num_experts=8), dim=8, hidden_dim=64) if layer == "experts" else nn.Linear(8, 512)
+
+    def step() -> None:
+        module.zero_grad()
+        result = module(x)
+        loss = result[0].sum() + result[1].loss if isinstance(result, tuple) else result.sum()
+        loss.backward()
+
+    step()
+    found = peak_memory(step, module, inputs=[x])
+    experts = sum(p.nbytes for p in module.experts.parameters()) if isinstance(module, MoEMlp) else 0
+    dense = sum(p.nbytes for p in module.parameters()) - experts
+    assert found["experts"] == 2 * experts
+    assert found["dense"] == (dense if experts else 2 * dense), "the router's gradient comes after the peak"
+    assert found["activations"] + found["dispatch"] < experts + dense, "no gradient among them"
+
+
+def test_gradients_that_the_optimiser_gives_back_count_with_their_parameters() -> None:
+    """As in a training step: there are none before it and none after. Two linear layers without bias, of 64·64 each."""
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def step() -> None:
+        model(torch.ones(1, 64)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    found = peak_memory(step, model, optimizer=optimizer)
+    weight = 4 * 64 * 64
+    assert found["dense"] == 4 * weight and found["optimizer"] == 4 * weight + 2 * 4
+    assert found["activations"] < 8 * 4 * 64
+    assert not optimizer._optimizer_step_pre_hooks, "nobody listens any more"
+
+
+def test_a_compiled_model_is_watched_as_it_is_written() -> None:
+    """A dispatch mode and a graph that must be whole refuse each other."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    x = torch.ones(4, 8)
+
+    def step() -> None:
+        model(x).sum().backward()
+        model.zero_grad()
+
+    step()
+    plain = peak_memory(step, model, inputs=[x])
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    model.compile(fullgraph=True, backend=backend)
+    step()
+    assert peak_memory(step, model, inputs=[x]) == plain
+    step()
+    assert len(graphs) == 1, "and its graph is taken up again"
