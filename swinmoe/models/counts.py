@@ -100,6 +100,19 @@ def stage_grids(config: ModelConfig) -> list[WindowGrid]:
     return grids
 
 
+def expert_row_flops(config: ModelConfig) -> dict[str, int]:
+    """Forward FLOPs of one token in one chosen expert of each expert layer, by the layer's name; shared experts are
+    not among them."""
+    costs = {}
+    for stage, blocks in enumerate(config.moe_blocks if config.moe is not None else ()):
+        dim = config.embed_dim * 2**stage
+        for block in blocks:
+            assert config.moe is not None
+            expert = _expert(config.moe, 1, dim, _expert_hidden(config.moe, int(dim * config.mlp_ratio)))
+            costs[moe_layer_name(stage, block)] = expert.flops
+    return costs
+
+
 def _ceil_div(size: Pair, by: Pair) -> Pair:
     return -(-size[0] // by[0]), -(-size[1] // by[1])
 
@@ -222,7 +235,7 @@ def _moe(
     moe: MoEConfig, policy: CapacityPolicy, tokens: int, dim: int, hidden: int
 ) -> Iterator[tuple[str, PartCounts]]:
     yield "router", _router(moe, tokens, dim)
-    expert = _expert(moe, tokens, dim, _scaled(hidden, moe.experts.hidden_ratio or 1.0))
+    expert = _expert(moe, tokens, dim, _expert_hidden(moe, hidden))
     chosen = moe.top_k
     everyone = PartCounts(
         params=moe.num_experts * expert.params,
@@ -234,6 +247,11 @@ def _moe(
     yield "experts", everyone
     if moe.shared_expert_ratio:
         yield "experts", _expert(moe, tokens, dim, _scaled(hidden, moe.shared_expert_ratio))
+
+
+def _expert_hidden(moe: MoEConfig, hidden: int) -> int:
+    """Hidden width of a chosen expert, where a dense MLP has `hidden`."""
+    return _scaled(hidden, moe.experts.hidden_ratio or 1.0)
 
 
 def _scaled(hidden: int, ratio: float) -> int:

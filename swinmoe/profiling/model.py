@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swinmoe.comm import all_reduce_max
-from swinmoe.config import ModelConfig, RunConfig
+from swinmoe.config import RunConfig
 from swinmoe.config.io import to_tree, with_overrides
 from swinmoe.data import Batch
 from swinmoe.errors import ConfigError
 from swinmoe.models.attention import WindowAttention
-from swinmoe.models.counts import ModelCounts, count, stage_grids
 from swinmoe.models.mlp import Mlp
-from swinmoe.moe import MoEMlp, RoutingStats, capacity, phases
-from swinmoe.parallel import Mesh, global_sum, make_mesh
+from swinmoe.moe import RoutingStats, phases
+from swinmoe.parallel import Mesh, make_mesh
 from swinmoe.profiling.breakdown import Watched, in_exchange, mean_breakdown
 from swinmoe.profiling.clock import Step, Timing, take_turns
 from swinmoe.profiling.exchange_alone import bytes_sent, compare_alone, exchange_alone, watch_passages
-from swinmoe.profiling.flops import Rows
 from swinmoe.profiling.forced import ForcedRouter
 from swinmoe.profiling.gemm import gemm_rate, gemm_steps
 from swinmoe.profiling.memory import peak_memory, worst_memory
+from swinmoe.profiling.model_flops import count_rows, model_flops, summed
 from swinmoe.profiling.trace import trace_steps
 from swinmoe.runtime import make_accelerator
 from swinmoe.train import Arm, Length, make_arm
@@ -184,7 +182,7 @@ class _Bench:
             "exchange_ms": None,
             "exchange_bytes": None,
             "balanced_ms": None if balanced is None else balanced.median,
-            "rows": asdict(rows) if routing else None,
+            "rows": asdict(summed(rows)) if routing else None,
             "flops": flops,
             "gemm_flops_per_second": rate,
             "utilisation": {key: flops[key] / mesh.world / seconds / rate for key in ("model", "hardware")},
@@ -272,73 +270,6 @@ def variant_of(run: RunConfig, mesh: Mesh, backward: bool) -> Line:
         "precision": run.train.precision,
         "backward": backward,
     }
-
-
-def count_rows(
-    layers: Mapping[str, MoEMlp], routing: Mapping[str, RoutingStats], mesh: Mesh, *, training: bool
-) -> Rows:
-    """Choices of one micro-batch, over all layers and ranks."""
-    routed = kept = computed = 0
-    for name, stats in routing.items():
-        layer = layers[name]
-        own = torch.stack([stats.routed.sum(), stats.kept.sum()])
-        layer_routed, layer_kept = (int(n) for n in global_sum(own, mesh))
-        routed, kept = routed + layer_routed, kept + layer_kept
-        if layer.dispatcher_taken()[0] not in ("padded", "tutel", "gshard"):
-            computed += layer_kept
-            continue
-        policy = layer.cfg.capacity.train if training else layer.cfg.capacity.eval
-        slots = stats.kept.max()
-        if policy.kind == "fixed":
-            own_slots = capacity(policy, int(stats.tokens), layer.num_experts, layer.top_k)
-            slots = torch.tensor(own_slots, device=stats.kept.device)
-        computed += mesh.world * layer.num_experts * int(all_reduce_max(slots, mesh.world_group, "comparing slots"))
-    return Rows(routed, kept, computed)
-
-
-def model_flops(counts: ModelCounts, rows: Rows, run: RunConfig, *, backward: bool) -> dict[str, int]:
-    """The three counts of a step, over all ranks; see `swinmoe.profiling.flops`.
-
-    `model`: experts for the choices that were kept; `hardware`: experts for all computed rows, and what checkpointing
-    computes again; `dense_equivalent`: every choice computed once.
-    """
-    images, parts = run.train.batch_size, run.train.accumulation
-    passes = 3 if backward else 1
-    whole = counts.step_flops(images, parts) if backward else images * (counts.flops - counts.batch_flops)
-    whole += 0 if backward else parts * counts.batch_flops
-    part = counts.by_part
-    experts = part["experts"].flops * images * passes if "experts" in part else 0
-    hardware = whole + (round(experts * (rows.computed / rows.routed - 1)) if rows.routed else 0)
-    if backward:
-        hardware += images * recomputed_flops(run.model)
-    model = whole + (round(experts * (rows.kept / rows.routed - 1)) if rows.routed else 0)
-    return {"model": model, "hardware": hardware, "dense_equivalent": whole}
-
-
-def recomputed_flops(config: ModelConfig) -> int:
-    """Products that the backward pass computes again for one image: attention and MLPs of checkpointed stages,
-    scores of sequential attention. Recomputation ends with what is needed, so that a last product may be spared."""
-    whole, again = _blocks_flops(config), 0
-    for stage, grid in enumerate(stage_grids(config)):
-        if config.recomputes(stage):
-            again += whole - _blocks_flops(_without_stage(config, stage))
-        elif config.chunks_of(stage) > 1:
-            again += config.depths[stage] * 2 * prod(grid.padded) * grid.area * config.embed_dim * 2**stage
-    return again
-
-
-def _blocks_flops(config: ModelConfig) -> int:
-    parts = count(config).by_part
-    return sum(parts[name].flops for name in ("attention", "mlp", "experts") if name in parts)
-
-
-def _without_stage(config: ModelConfig, stage: int) -> ModelConfig:
-    depths, blocks = list(config.depths), list(config.moe_blocks)
-    depths[stage] = 0
-    if blocks:
-        blocks[stage] = ()
-    moe = config.moe if any(blocks) else None
-    return replace(config, depths=tuple(depths), moe_blocks=tuple(blocks), moe=moe, grad_checkpointing=False)
 
 
 @contextmanager

@@ -13,19 +13,12 @@ from swinmoe.config import RunConfig
 from swinmoe.config.io import build, merge
 from swinmoe.errors import ConfigError
 from swinmoe.models import build_model
-from swinmoe.models.counts import count
+from swinmoe.models.counts import count, expert_row_flops
 from swinmoe.moe import phases
 from swinmoe.parallel import Mesh, make_mesh
 from swinmoe.profiling.flops import Rows
-from swinmoe.profiling.model import (
-    count_rows,
-    marks,
-    model_flops,
-    profile_model,
-    random_batches,
-    recomputed_flops,
-    without_experts,
-)
+from swinmoe.profiling.model import marks, profile_model, random_batches, without_experts
+from swinmoe.profiling.model_flops import count_rows, model_flops, recomputed_flops, summed
 
 SMALL: dict[str, Any] = {
     "model": {**MICRO, "moe": {"num_experts": 4, "top_k": 1}},
@@ -122,12 +115,43 @@ def test_hardware_flops_are_what_the_counter_sees(dispatcher: str, kind: str) ->
         output = model(images)
     rows = count_rows(model.moe_layers(), output.routing, make_mesh(run.parallel), training=False)
     flops = model_flops(count(run.model), rows, run, backward=False)
-    assert flops["hardware"] == pytest.approx(counter.get_total_flops(), abs=1)
-    assert (rows.computed > rows.kept) == (dispatcher == "padded")
+    assert flops["hardware"] == counter.get_total_flops()
+    assert (summed(rows).computed > summed(rows).kept) == (dispatcher == "padded")
+
+
+@pytest.mark.parametrize("dispatcher", ["ragged", "padded"])
+@pytest.mark.parametrize("experts", [{"type": "gelu"}, {"type": "swiglu", "hidden_ratio": 0.5}])
+def test_rows_cost_what_their_layer_is_wide(dispatcher: str, experts: dict[str, Any]) -> None:
+    """A narrow layer that drops most of its choices, a wide one that drops none, and shared experts that neither drop
+    nor pad: what torch's counter sees."""
+    moe = {
+        "dispatcher": dispatcher,
+        "experts": experts,
+        "shared_expert_ratio": 0.5,
+        "capacity": {
+            "eval": {"kind": "fixed", "factor": 0.3},
+            "layers": {"layers.1.blocks.0.mlp": {"eval": {"kind": "dropless"}}},
+        },
+    }
+    run = small(model={"depths": [2, 2], "moe_blocks": [[1], [0]], "moe": moe})
+    model = build_model(run.model).eval()
+    model.set_attention_impl("explicit")
+    images = torch.randn(6, run.model.in_chans, *run.model.img_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        output = model(images)
+    rows = count_rows(model.moe_layers(), output.routing, make_mesh(run.parallel), training=False)
+    flops = model_flops(count(run.model), rows, run, backward=False)
+    assert flops["hardware"] == counter.get_total_flops()
+    narrow, wide = rows.values()
+    assert narrow.dropped > 0.5 and wide.dropped == 0
+    # Of a token of the narrow layer, whose experts have matrices of 16·F; SwiGLU has three of them, half as wide.
+    row = 2 * 2 * 16 * 64 if experts["type"] == "gelu" else 2 * 3 * 16 * 32
+    assert flops["dense_equivalent"] - flops["model"] == row * (narrow.routed - narrow.kept)
 
 
 def test_recomputation_costs_hardware_and_not_the_model() -> None:
-    rows, plain = Rows(10, 10, 10), small()
+    plain = small()
+    rows = dict.fromkeys(expert_row_flops(plain.model), Rows(10, 10, 10))
     again = small(model={"grad_checkpointing": True})
     found = [model_flops(count(run.model), rows, run, backward=True) for run in (plain, again)]
     assert found[0]["model"] == found[1]["model"] and found[0]["hardware"] < found[1]["hardware"]
