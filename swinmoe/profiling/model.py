@@ -3,8 +3,8 @@
 Shapes: B images of this rank and micro-batch, C channels, H height, W width.
 
 The model is the run's own, spread as the run spreads it, with its optimiser; images are random numbers, already where
-they are needed, so that loading does not count. The learning rate is next to nothing: weights, and with them loads,
-stay what they are from round to round. A collective call from beginning to end.
+they are needed, so that loading does not count. Learning rates, that of balancing biases too, are next to nothing:
+weights, and with them loads, stay what they are from round to round. A collective call from beginning to end.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ Line = dict[str, Any]
 """A `measurement` record, see `swinmoe.records.record`."""
 MODEL_PHASES = ("attention", "mlp", phases.OPTIMIZER)
 _STILL = {"optim": {"base_lr": 1e-12}, "schedule": {"min_lr": 0.0, "warmup_lr": 0.0, "warmup_steps": 0}}
+
+_STILL_BIAS = {"model": {"moe": {"router": {"bias_update_rate": 1e-30}}}}
+"""Of a sum with a gate's probability nothing is left."""
 
 
 @dataclass
@@ -217,8 +220,10 @@ def without_experts(run: RunConfig) -> RunConfig:
 
 
 def still(run: RunConfig) -> RunConfig:
-    """`run` with a learning rate of next to nothing, so that weights and loads stay what they are."""
-    return with_overrides(run, _STILL)
+    """`run` with learning rates of next to nothing, so that weights and loads stay what they are and its steps the same
+    work."""
+    balances = run.model.moe is not None and run.model.moe.router.bias_update_rate > 0
+    return with_overrides(run, _STILL | (_STILL_BIAS if balances else {}))
 
 
 def random_batches(run: RunConfig, mesh: Mesh) -> list[Batch]:

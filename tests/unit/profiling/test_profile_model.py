@@ -17,8 +17,10 @@ from swinmoe.models.counts import count, expert_row_flops
 from swinmoe.moe import phases
 from swinmoe.parallel import Mesh, make_mesh
 from swinmoe.profiling.flops import Rows
-from swinmoe.profiling.model import marks, profile_model, random_batches, without_experts
+from swinmoe.profiling.model import marks, profile_model, random_batches, still, without_experts
 from swinmoe.profiling.model_flops import count_rows, model_flops, recomputed_flops, summed
+from swinmoe.runtime import make_accelerator
+from swinmoe.train import Length, make_arm
 
 SMALL: dict[str, Any] = {
     "model": {**MICRO, "moe": {"num_experts": 4, "top_k": 1}},
@@ -179,6 +181,31 @@ def test_recomputed_flops_are_what_the_counter_sees_twice(changes: dict[str, Any
     found = total(again) - total(plain) - 2 * recomputed_flops(again.model)
     assert recomputed_flops(plain.model) == 0 < recomputed_flops(again.model)
     assert 0 <= found <= bias, "but for the position-bias networks, which are a batch's"
+
+
+def loads(run: RunConfig, steps: int) -> list[list[int]]:
+    """Choices of each expert before and after so many training steps."""
+    mesh = make_mesh(run.parallel, 4)
+    arm = make_arm("a", run, mesh, make_accelerator("fp32"), Length(steps=10**9), 10**9)
+    batches = random_batches(run, mesh)
+    found = []
+    for _ in range(2):
+        with torch.no_grad():
+            routing = arm.raw.eval()(batches[0].images).routing
+        found.append(torch.cat([stats.routed for stats in routing.values()]).tolist())
+        for _ in range(steps):
+            arm.train_step(batches)
+    for layer in arm.raw.moe_layers().values():
+        assert isinstance(layer.router.expert_bias, torch.Tensor) and layer.router.expert_bias.any(), "it is stepped"
+    return found
+
+
+def test_loads_stay_while_biases_balance_them() -> None:
+    run = small(model={"moe": {"router": {"bias_update_rate": 0.1}}})
+    before, after = loads(still(run), 3)
+    assert before == after
+    before, after = loads(run, 3)
+    assert before != after, "else this test would see nothing"
 
 
 def test_every_rank_has_its_share_of_the_batch() -> None:
