@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -88,18 +88,24 @@ def run_model(
         tree = {"run": str(path)}
     tree |= {key: value for key, value in plain.items() if value is not None}
     config = build(ModelSweepConfig, merge(tree, {"vary": dict(_varied(item) for item in vary)}))
-    runs = runs_of(config, overrides)
+    chosen = runs_of(config, overrides)
     out = folder_of(out, path if is_sweep else None, config.output_dir, config.name)
-    settings = {name: dump(run) for name, run in runs.items()} | {"rounds": config.rounds, "backward": config.backward}
+    settings = {name: dump(run) for name, run in chosen.runs.items()} | {
+        "rounds": config.rounds,
+        "backward": config.backward,
+    }
     with profile_session(out, settings, config.threads) as session:
         session.begin("model", command_line(), flat(asdict(config)) | {"overrides": " ".join(overrides)})
+        for why in chosen.left_out:
+            teller(session)(f"left out: {why}")
         measured = profile_model(
-            runs,
+            chosen.runs,
             session.device,
             backward=config.backward,
             rounds=config.rounds,
             say=teller(session),
             trace=session.rank_file(trace),
+            varied=chosen.varied,
         )
         lines = record(session, measured)
     if session.is_main:
@@ -114,23 +120,44 @@ def _varied(item: str) -> tuple[str, list[Any]]:
     return key, several(text)
 
 
-def runs_of(config: ModelSweepConfig, overrides: list[str]) -> dict[str, RunConfig]:
-    """All combinations by name.
+@dataclass(frozen=True)
+class Combinations:
+    """The runs of a sweep."""
+
+    runs: dict[str, RunConfig]
+    """By name."""
+    varied: dict[str, dict[str, Any]]
+    """Of each, what the sweep varies, as `key.of.run`: value."""
+    left_out: list[str]
+    """What cannot be, and why."""
+
+
+def runs_of(config: ModelSweepConfig, overrides: list[str]) -> Combinations:
+    """All combinations that can be, by name.
 
     Raises:
-        ConfigError: one cannot be.
+        ConfigError: none can be.
     """
-    runs: dict[str, RunConfig] = {}
+    found = Combinations({}, {}, [])
+    failure: ConfigError | None = None
     fixed = parse_overrides(overrides)
     for values in product(*config.vary.values()):
         chosen = dict(zip(config.vary, values, strict=True))
         over: dict[str, Any] = {}
         for key, value in (config.set | chosen).items():
             over = merge(over, _nested(key, value))
-        run = load(RunConfig, config.run, prepare=partial(_laid_on, over=merge(over, fixed)))
-        name = ", ".join([run.name, *(f"{key.rpartition('.')[2]} {value}" for key, value in chosen.items())])
-        runs[name] = run
-    return runs
+        said = [f"{key.rpartition('.')[2]} {value}" for key, value in chosen.items()]
+        try:
+            run = load(RunConfig, config.run, prepare=partial(_laid_on, over=merge(over, fixed)))
+        except ConfigError as error:
+            failure = error
+            found.left_out.append(f"{', '.join(said)}: {error}")
+            continue
+        name = ", ".join([run.name, *said])
+        found.runs[name], found.varied[name] = run, chosen
+    if failure is not None and not found.runs:
+        raise failure
+    return found
 
 
 def _laid_on(tree: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,8 +177,19 @@ def check_what(tree: Mapping[str, Any], what: str, sweep: Path | None) -> None:
 
 
 def several(text: str) -> list[Any]:
-    """`8,32` as [8, 32]: each part as YAML reads it."""
-    return [yaml.safe_load(part) for part in text.split(",")]
+    """`8,32` as [8, 32], `[0,1],[0]` as [[0, 1], [0]]: what YAML has between brackets.
+
+    Raises:
+        ConfigError: it is no such list.
+    """
+    try:
+        return list(yaml.safe_load(f"[{text}]"))
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or "it cannot be read"
+        raise ConfigError(
+            f"{text!r} is no list of values with commas between ({problem}); write 8,32 or, where a value is a list "
+            "itself, [0,1],[0]"
+        ) from error
 
 
 def folder_of(out: Path | None, sweep: Path | None, output_dir: str, name: str) -> Path | None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from swinmoe.config import RunConfig
 from swinmoe.config.io import to_tree, with_overrides
 from swinmoe.data import Batch
-from swinmoe.errors import ConfigError
+from swinmoe.errors import BackendUnavailableError, ConfigError
 from swinmoe.models.attention import WindowAttention
 from swinmoe.models.mlp import Mlp
 from swinmoe.moe import RoutingStats, phases
@@ -34,6 +34,7 @@ from swinmoe.profiling.forced import ForcedRouter
 from swinmoe.profiling.gemm import gemm_rate, gemm_steps
 from swinmoe.profiling.memory import peak_memory, worst_memory
 from swinmoe.profiling.model_flops import count_rows, model_flops, summed
+from swinmoe.profiling.model_variant import variant_of
 from swinmoe.profiling.trace import trace_steps
 from swinmoe.runtime import make_accelerator
 from swinmoe.train import Arm, Length, make_arm
@@ -60,6 +61,8 @@ class _Subject:
     batches: list[Batch]
     alone: Step | None
     """The exchanges of a step by themselves, where experts are spread."""
+    varied: Mapping[str, Any]
+    """See `profile_model`."""
 
 
 def profile_model(
@@ -70,6 +73,7 @@ def profile_model(
     rounds: int = 15,
     say: Callable[[str], None] = lambda text: None,
     trace: Path | None = None,
+    varied: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Iterator[Line]:
     """The measurements of `runs`, each after that of its dense twin.
 
@@ -78,26 +82,50 @@ def profile_model(
         device: where.
         backward: training steps with their optimiser's; false: forward passes of one training batch.
         rounds: times that each step takes its turn.
-        say: told what is being done.
-        trace: a file for one more step of each model of the first run.
+        say: told what is being done, and which of several runs cannot be.
+        trace: a file for one more step of each model of the first run that can be.
+        varied: by a run's name, settings that tell it from others, as `key.of.run`: value.
 
     Raises:
-        ConfigError: a batch that gives some process no image, or a run that cannot be.
+        ConfigError: no run can be, by its config or as its batch gives some process no image.
+        BackendUnavailableError: no run can be, as something is not installed.
     """
     bench = _Bench(torch.device(device), backward, rounds, say)
-    for number, (name, run) in enumerate(runs.items()):
-        yield from bench.measure(name, run, trace if number == 0 else None)
+    failure: ConfigError | BackendUnavailableError | None = None
+    done = 0
+    for name, run in runs.items():
+        accelerator = None
+        try:
+            accelerator = make_accelerator(run.train.precision, timeout_minutes=run.parallel.timeout_minutes)
+            pair = bench.pair(name, run, accelerator, (varied or {}).get(name, {}))
+        except (ConfigError, BackendUnavailableError) as error:
+            failure = error
+            if len(runs) > 1:
+                say(f"left out: {name}: {error}")
+        else:
+            yield from bench.measure(pair, run, trace if not done else None)
+            del pair  # else it would be there beside the next one
+            done += 1
+        finally:
+            if accelerator is not None:
+                accelerator.free_memory()  # it keeps every model that it has prepared
+    if failure is not None and not done:
+        raise failure
 
 
 class _Bench:
     def __init__(self, device: torch.device, backward: bool, rounds: int, say: Callable[[str], None]) -> None:
         self.device, self.backward, self.rounds, self.say = device, backward, rounds, say
 
-    def measure(self, name: str, run: RunConfig, trace: Path | None) -> Iterator[Line]:
-        accelerator = make_accelerator(run.train.precision, timeout_minutes=run.parallel.timeout_minutes)
-        pair = [self._subject(name, run, accelerator)]
+    def pair(self, name: str, run: RunConfig, accelerator: Any, varied: Mapping[str, Any]) -> list[_Subject]:
+        """The model of `run`, after its twin if it is sparse."""
+        pair = [self._subject(name, run, accelerator, varied)]
         if run.model.moe is not None:
-            pair.insert(0, self._subject(f"{name}: dense twin", without_experts(run), accelerator))
+            pair.insert(0, self._subject(f"{name}: dense twin", without_experts(run), accelerator, varied))
+        return pair
+
+    def measure(self, pair: list[_Subject], run: RunConfig, trace: Path | None) -> Iterator[Line]:
+        """Their measurements."""
         mesh = pair[0].arm.mesh
         dim = run.model.embed_dim * 2 ** (len(run.model.depths) // 2)
         tokens = len(pair[0].batches[0]) * prod(run.model.img_size) // prod(run.model.patch_size)
@@ -120,9 +148,8 @@ class _Bench:
                 yield self._line(subject, taken, rate, None if subject is pair[0] else pair[0].name)
             if trace is not None:
                 trace_steps(trace, {subject.name: subject.step for subject in pair}, self.device)
-        accelerator.free_memory()  # it keeps every model that it has prepared
 
-    def _subject(self, name: str, run: RunConfig, accelerator: Any) -> _Subject:
+    def _subject(self, name: str, run: RunConfig, accelerator: Any, varied: Mapping[str, Any]) -> _Subject:
         run = still(run)
         mesh = make_mesh(run.parallel, run.model.moe.num_experts if run.model.moe else None)
         arm = make_arm(name, run, mesh, accelerator, Length(steps=10**9), 10**9)
@@ -134,7 +161,7 @@ class _Bench:
         batches = [place(batch, self.device, run.train.precision) for batch in random_batches(run, mesh)]
         step = self._step(arm, batches)
         alone = exchange_alone(watch_passages(step, layers)) if mesh.ep_size > 1 and layers else None
-        return _Subject(name, arm, step, Watched(step, self.device), routers, batches, alone)
+        return _Subject(name, arm, step, Watched(step, self.device), routers, batches, alone, varied)
 
     def _step(self, arm: Arm, batches: list[Batch]) -> Step:
         if self.backward:
@@ -174,7 +201,7 @@ class _Bench:
         line: Line = {
             "what": "model",
             "name": subject.name,
-            "variant": variant_of(run, mesh, self.backward),
+            "variant": variant_of(run, mesh, self.backward, subject.varied),
             "run": to_tree(run),
             "baseline": baseline,
             "ms": timing.as_json() | {"p95": timing.percentile(95), "images_per_second": images / seconds},
@@ -247,34 +274,6 @@ def random_batches(run: RunConfig, mesh: Mesh) -> list[Batch]:
         )
         for _ in range(parts)
     ]
-
-
-def variant_of(run: RunConfig, mesh: Mesh, backward: bool) -> Line:
-    """What tells this run from others, flat."""
-    moe, policy = run.model.moe, None
-    if moe is not None:
-        policy = moe.capacity.train if backward else moe.capacity.eval
-    capacity_said = None
-    if policy is not None:
-        capacity_said = policy.kind if policy.kind == "dropless" else f"{policy.kind} {policy.factor:g}"
-    return {
-        "dispatcher": "dense" if moe is None else moe.dispatcher,
-        "num_experts": moe.num_experts if moe else 0,
-        "top_k": moe.top_k if moe else 1,
-        "capacity": capacity_said,
-        "world": mesh.world,
-        "ep_size": mesh.ep_size,
-        "weight_group": run.parallel.weight_group,
-        "chunks": run.parallel.chunks,
-        "exchange": run.parallel.exchange,
-        "payload": run.parallel.payload,
-        "skew": "router",
-        "batch_size": run.train.batch_size,
-        "img_size": run.model.img_size[0],
-        "embed_dim": run.model.embed_dim,
-        "precision": run.train.precision,
-        "backward": backward,
-    }
 
 
 @contextmanager

@@ -33,7 +33,8 @@ not apply or was not measured, its key is null or missing. Times are millisecond
 are over all ranks, bytes those of one (the mean, for memory the one with the highest peak).
 
 - what, name (unique in the file), variant (flat: dispatcher (`dense` for a baseline), num_experts, top_k, capacity,
-  ep_size, world, chunks, exchange, skew, ...), baseline (the name of the measurement to compare with)
+  ep_size, world, chunks, exchange, skew, ...; of a model also what a sweep varies besides, as `key.of.run`), baseline
+  (the name of the measurement to compare with)
 - ms {median, low, high (the median's 95 % interval), rounds}; of a model also p95, images_per_second
 - phases: {pass: {phase: ms}}, passes `forward`, `backward`, of a model `update`; phases route, scatter, exchange_out,
   experts, exchange_back, gather, other; of a model also attention, mlp (dense ones), optimizer. instrumented_ms: their

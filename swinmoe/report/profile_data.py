@@ -284,13 +284,15 @@ SHORT = {
     "img_size": "{} px",
     "embed_dim": "C{}",
 }
-"""How a legend has a setting; one that is not here speaks for itself by its value."""
+"""How a legend has a setting; one that is not here speaks for itself by its value, but for `key.of.run`."""
 
 
 def words(settings: Mapping[str, Any], keys: Sequence[str]) -> str:
     """Those settings as a legend has them."""
     shown = [(key, settings[key]) for key in keys if settings.get(key) is not None]
-    return ", ".join(SHORT.get(k, "{}").format(f"{v:g}" if isinstance(v, float) else v) for k, v in shown) or "all"
+    forms = [SHORT.get(k, f"{k.rpartition('.')[2]} {{}}" if "." in k else "{}") for k, _ in shown]
+    values = [f"{v:g}" if isinstance(v, float) else v for _, v in shown]
+    return ", ".join(form.format(value) for form, value in zip(forms, values, strict=True)) or "all"
 
 
 def grouped(measured: Sequence[Measured], without: Sequence[str]) -> dict[str, list[Measured]]:

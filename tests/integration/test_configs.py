@@ -185,7 +185,9 @@ def test_a_profile_sweeps_over_what_can_be(file):
         workloads, _ = build(LayerSweepConfig, listed(tree)).workloads()
         assert len(workloads) > 1
     elif tree["what"] == "model":
-        for run in runs_of_sweep(build(ModelSweepConfig, tree), []).values():
+        found = runs_of_sweep(build(ModelSweepConfig, tree), [])
+        assert not found.left_out
+        for run in found.runs.values():
             assert build_model(run.model, device="meta").moe_layers()
     else:
         workloads, refused = build(ExchangeSweepConfig, listed_exchange(tree)).workloads()

@@ -71,6 +71,10 @@ def test_options_lie_on_top_of_a_file(swinmoe, tmp_path: Path) -> None:  # type:
         (("layer", "configs/profile/debug_model.yaml"), "is for swinmoe profile model, not layer"),
         (("model", "configs/profile/debug_layer.yaml"), "is for swinmoe profile layer, not model"),
         (("model", "configs/debug/digits_swin_moe.yaml", "--vary", "seed"), "is not of the form key=a,b"),
+        (
+            ("model", "configs/debug/digits_swin_moe.yaml", "--vary", "model.grad_checkpointing=[0,1],[0"),
+            "'[0,1],[0' is no list of values with commas between",
+        ),
         (("model", "configs/debug/digits_swin_moe.yaml", "model.depth=3"), "unknown config key"),
         (("model", "configs/debug/digits_swin_moe.yaml", "train.precision=fp16"), "needs a GPU"),
     ],

@@ -19,6 +19,7 @@ from swinmoe.parallel import Mesh, make_mesh
 from swinmoe.profiling.flops import Rows
 from swinmoe.profiling.model import marks, profile_model, random_batches, still, without_experts
 from swinmoe.profiling.model_flops import count_rows, model_flops, recomputed_flops, summed
+from swinmoe.profiling.model_variant import variant_of
 from swinmoe.runtime import make_accelerator
 from swinmoe.train import Length, make_arm
 
@@ -206,6 +207,49 @@ def test_loads_stay_while_biases_balance_them() -> None:
     assert before == after
     before, after = loads(run, 3)
     assert before != after, "else this test would see nothing"
+
+
+def test_a_variant_has_what_a_sweep_varies() -> None:
+    """Under the names that a variant always has, else under its own; a twin has nothing of experts."""
+    varied = {
+        "model.grad_checkpointing": [0, 1],
+        "train.compile": True,
+        "model.moe.num_experts": 4,
+        "model.moe.capacity.train.factor": 2.0,
+        "model.moe.router.noise": 1.0,
+        "train.ema_decay": None,
+    }
+    mesh = make_mesh(small().parallel, 4)
+    found = variant_of(small(), mesh, True, varied)
+    added = {key: value for key, value in found.items() if key not in variant_of(small(), mesh, True, {})}
+    assert added == {
+        "model.grad_checkpointing": "[0, 1]",
+        "train.compile": True,
+        "model.moe.router.noise": 1.0,
+        "train.ema_decay": "null",
+    }
+    twin = variant_of(without_experts(small()), mesh, True, varied)
+    assert {key for key in twin if "." in key} == {"model.grad_checkpointing", "train.compile", "train.ema_decay"}
+
+
+def test_a_sweeps_variants_are_told_apart() -> None:
+    runs = {f"{on}": small(model={"grad_checkpointing": on}) for on in (False, True)}
+    varied = {name: {"model.grad_checkpointing": run.model.grad_checkpointing} for name, run in runs.items()}
+    lines = list(profile_model(runs, rounds=1, backward=False, varied=varied))
+    assert [line["variant"]["model.grad_checkpointing"] for line in lines] == [False, False, True, True]
+
+
+def test_runs_that_cannot_be_are_named_and_left_out() -> None:
+    """What shows when a model is to be spread; of one run alone, or of all, it is an error."""
+    nowhere = small(parallel={"ep_size": 2})
+    told: list[str] = []
+    lines = list(profile_model({"two": nowhere, "one": small()}, rounds=1, backward=False, say=told.append))
+    assert [line["name"] for line in lines] == ["one: dense twin", "one"]
+    (said,) = (text for text in told if text.startswith("left out"))
+    assert said.startswith("left out: two: parallel.ep_size=2 does not divide the number of processes 1")
+    for runs in ({"two": nowhere}, {"two": nowhere, "again": nowhere}):
+        with pytest.raises(ConfigError, match="does not divide the number of processes 1"):
+            list(profile_model(runs, rounds=1))
 
 
 def test_every_rank_has_its_share_of_the_batch() -> None:

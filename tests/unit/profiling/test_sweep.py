@@ -92,6 +92,14 @@ def test_values_are_read_as_yaml_reads_them() -> None:
     assert several("8,32") == [8, 32]
     assert several("router,0,1.5") == ["router", 0, 1.5]
     assert several("null,2") == [None, 2]
+    assert several("[0, 1],[0],true") == [[0, 1], [0], True]
+    assert several("{kind: fixed, factor: 2}") == [{"kind": "fixed", "factor": 2}]
+
+
+@pytest.mark.parametrize("text", ["[0,1],[0", "8,,16", "8]", "a: b: c", "\t@"])
+def test_what_is_no_list_of_values_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"is no list of values with commas between \(.*write 8,32 or, where"):
+        several(text)
 
 
 def test_model_sweeps_lay_their_settings_on_the_run() -> None:
@@ -100,7 +108,12 @@ def test_model_sweeps_lay_their_settings_on_the_run() -> None:
         set={"train.batch_size": 8},
         vary={"model.moe.num_experts": (4, 8), "model.moe.top_k": (1, 2)},
     )
-    runs = runs_of(config, ["seed=7"])
+    found = runs_of(config, ["seed=7"])
+    runs = found.runs
+    assert found.varied["debug_digits_swin_moe, num_experts 8, top_k 1"] == {
+        "model.moe.num_experts": 8,
+        "model.moe.top_k": 1,
+    }
     assert next(iter(runs)) == "debug_digits_swin_moe, num_experts 4, top_k 1"
     assert [(run.model.moe.num_experts, run.model.moe.top_k) for run in runs.values() if run.model.moe] == [
         (4, 1),
@@ -109,3 +122,19 @@ def test_model_sweeps_lay_their_settings_on_the_run() -> None:
         (8, 2),
     ]
     assert {(run.train.batch_size, run.seed) for run in runs.values()} == {(8, 7)}
+
+
+def test_what_cannot_be_in_a_models_sweep_is_named_and_left_out() -> None:
+    vary: dict[str, tuple[Any, ...]] = {"model.moe.num_experts": (1, 4), "model.moe.top_k": (1, 2)}
+    config = ModelSweepConfig(run="configs/debug/digits_swin_moe.yaml", vary=vary)
+    found = runs_of(config, [])
+    assert [name.partition(", ")[2] for name in found.runs] == [
+        "num_experts 1, top_k 1",
+        "num_experts 4, top_k 1",
+        "num_experts 4, top_k 2",
+    ]
+    assert set(found.runs) == set(found.varied)
+    (why,) = found.left_out
+    assert why.startswith("num_experts 1, top_k 2: ") and "moe.top_k=2 is not possible" in why
+    with pytest.raises(ConfigError, match=r"moe\.top_k=2 is not possible"):
+        runs_of(ModelSweepConfig(run=config.run, vary={"model.moe.num_experts": (1,), "model.moe.top_k": (2,)}), [])

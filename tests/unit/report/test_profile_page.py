@@ -302,6 +302,13 @@ def test_groups_never_merge_what_differs() -> None:
     assert list(grouped(lines, ())) == ["flat", "2dh, nodes of 2", "2dh"]
 
 
+def test_a_setting_of_a_run_says_its_name() -> None:
+    """What a sweep varies comes under its key; of a bare `True` nobody would know what it is of."""
+    variants = [{"num_experts": 4, "model.grad_checkpointing": on, "train.batch": 8} for on in (False, True)]
+    lines = [Measured({"what": "model", "variant": v, "ms": {"median": 1.0}}, 0, "") for v in variants]
+    assert list(grouped(lines, ())) == ["grad_checkpointing False", "grad_checkpointing True"]
+
+
 def test_the_drawn_fit_is_the_formula(tmp_path: Path) -> None:
     sizes = np.geomspace(SIZES[0], SIZES[-1], 50)
     assert plots.predicted_seconds(fit("forward"), sizes) == pytest.approx(1e-4 + sizes / 1e9)
