@@ -4,7 +4,9 @@ Layers of the same width take turns with their baseline and a bare matrix produc
 minutes. Each layer appears several times in a round: as it is, with its phases marked, with balance forced, and its
 exchange alone. A collective call from beginning to end.
 
-A training step is zeroed gradients (kept, as buffers), forward, and backward of a given slope and the balance loss.
+A training step is gradients given back (`zero_grad`), forward, and backward of a given slope and the balance loss. So
+every step makes new gradients, in memory that the allocator finds; on a CPU experts' are made where the last ones were
+(`swinmoe.moe.gradient_buffers`), as in training, and the baseline's are not.
 Sums of gradients over replicas are left out: they are a model's, and `profile model` has them.
 """
 
