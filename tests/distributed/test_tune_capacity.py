@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from micro import MICRO
+from micro import UNBALANCED
 from pool import Pool
 
 from swinmoe.cli import app, explain
@@ -37,21 +37,7 @@ pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).parents[2]
 RUN: dict[str, Any] = {
     "name": "run",
-    "model": {
-        **MICRO,
-        "img_size": 16,
-        "num_classes": 10,
-        "depths": [2, 2],
-        "moe_blocks": [[1], [1]],
-        "drop_path_rate": 0.1,
-        "drop_rate": 0.1,
-        "moe": {
-            "num_experts": 4,
-            "router": {"noise": 1.0},
-            "losses": {"gshard": 0.0},  # unbalanced, so that capacity matters
-            "capacity": {"train": {"kind": "fixed", "factor": 1.25}},
-        },
-    },
+    "model": {**UNBALANCED, "drop_rate": 0.1},
     "data": {"name": "digits", "image_size": 16, "limit": 160},
     "optim": {"base_lr": 0.005},
     # 33 images do not halve, and 160 are four batches of them with a rest.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from micro import MICRO
+from micro import UNBALANCED
 from PIL import Image
 from rich.console import Console
 
@@ -31,20 +31,7 @@ from swinmoe.train.opened import Opened, open_model
 
 RUN: dict[str, Any] = {
     "name": "run",
-    "model": {
-        **MICRO,
-        "img_size": 16,
-        "num_classes": 10,
-        "depths": [2, 2],
-        "moe_blocks": [[1], [1]],
-        "drop_path_rate": 0.1,
-        "moe": {
-            "num_experts": 4,
-            "router": {"noise": 1.0},
-            "losses": {"gshard": 0.0},  # unbalanced, so that capacity matters
-            "capacity": {"train": {"kind": "fixed", "factor": 1.25}},
-        },
-    },
+    "model": UNBALANCED,
     "data": {"name": "digits", "image_size": 16, "limit": 320},
     "optim": {"base_lr": 0.005},
     "train": {"steps": 30, "epochs": None, "batch_size": 32, "eval_batch_size": 40, "eval_every_epochs": None},

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from math import prod
 
 from swinmoe.config import ModelConfig, MoEConfig, StyleConfig, resolve_style
+from swinmoe.config.model import moe_layer_name
 from swinmoe.models.counts import CPB_HIDDEN, stage_grids
 from swinmoe.models.position import num_offsets
 from swinmoe.models.windows import WindowGrid
@@ -54,7 +55,7 @@ class ExpertLayer:
     @property
     def name(self) -> str:
         """As the model's configuration and its records name it."""
-        return f"layers.{self.stage}.blocks.{self.block}.mlp"
+        return moe_layer_name(self.stage, self.block)
 
     @property
     def expert_params(self) -> int:
