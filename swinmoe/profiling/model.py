@@ -149,7 +149,9 @@ class _Bench:
             if trace is not None:
                 trace_steps(trace, {subject.name: subject.step for subject in pair}, self.device)
 
-    def _subject(self, name: str, run: RunConfig, accelerator: Any, varied: Mapping[str, Any]) -> _Subject:
+    def _subject(
+        self, name: str, run: RunConfig, accelerator: Any, varied: Mapping[str, Any] | None = None
+    ) -> _Subject:
         run = still(run)
         mesh = make_mesh(run.parallel, run.model.moe.num_experts if run.model.moe else None)
         arm = make_arm(name, run, mesh, accelerator, Length(steps=10**9), 10**9)
@@ -161,7 +163,7 @@ class _Bench:
         batches = [place(batch, self.device, run.train.precision) for batch in random_batches(run, mesh)]
         step = self._step(arm, batches)
         alone = exchange_alone(watch_passages(step, layers)) if mesh.ep_size > 1 and layers else None
-        return _Subject(name, arm, step, Watched(step, self.device), routers, batches, alone, varied)
+        return _Subject(name, arm, step, Watched(step, self.device), routers, batches, alone, varied or {})
 
     def _step(self, arm: Arm, batches: list[Batch]) -> Step:
         if self.backward:
