@@ -248,8 +248,13 @@ def _row(option: Option) -> Sequence[str]:
         str(parallel.chunks),
         f"{1000 * p.seconds:.1f}",
         f"{p.images_per_second:.0f}",
-        f"{p.memory.total / _GIB:.1f}" + ("" if p.fits else " too large"),
+        _gib(p.memory.total) + ("" if p.fits else " too large"),
     )
+
+
+def _gib(size: float) -> str:
+    """With a digit that differs, for small models too."""
+    return f"{size / _GIB:.1f}" if size >= 10 * _GIB else f"{size / _GIB:.3g}"
 
 
 def _shares(p: Prediction) -> Sequence[str]:

@@ -59,7 +59,7 @@ def run_layer(
         lines = record(session, profile_layer(config, session.device, teller(session), session.rank_file(trace)))
     if session.is_main:
         show(lines, Console(highlight=False))
-        tell_where(out)
+        tell_where(out, session, trace)
 
 
 def run_model(
@@ -110,7 +110,7 @@ def run_model(
         lines = record(session, measured)
     if session.is_main:
         show(lines, Console(highlight=False))
-        tell_where(out)
+        tell_where(out, session, trace)
 
 
 def _varied(item: str) -> tuple[str, list[Any]]:
@@ -224,8 +224,14 @@ def record(session: ProfileSession, lines: Iterable[Line]) -> list[Line]:
     return kept
 
 
-def tell_where(out: Path | None) -> None:
-    """Write the page of the records, and name both."""
+def tell_where(out: Path | None, session: ProfileSession, trace: Path | None = None) -> None:
+    """Write the page of the records, and name what was written."""
+    written = session.rank_file(trace)
+    if written is not None and session.is_main:
+        each = "" if written == trace else ", and one for each other process"
+        Console(stderr=True, highlight=False).print(
+            f"trace: {written}{each}, for ui.perfetto.dev", markup=False, soft_wrap=True
+        )
     if out is not None and launched_rank() == 0:
         records = out / "records.jsonl"
         page = write_profile_report([records], out)

@@ -62,7 +62,7 @@ def run(
             lines.append((kind, line))
     if session.is_main:
         show(lines, Console(highlight=False))
-        tell_where(out)
+        tell_where(out, session, trace)
 
 
 def show(lines: list[tuple[str, Line]], console: Console) -> None:

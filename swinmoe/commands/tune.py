@@ -168,7 +168,7 @@ def _give_out(
     session.begin("capacity", f"tune capacity {checkpoint}", workload)
     for tuning in tunings:
         write_records(session.records, tuning)
-    comment = [f"Made by swinmoe tune capacity {checkpoint}, {now}."]
+    comment = [f"Made by swinmoe tune capacity {checkpoint}, {now}, for batches of {processes} process(es)."]
     for tuning in tunings:
         comment += [f"{_TITLES[tuning.mode]}: {line}" for line in verdict_lines(tuning)]
     (out / "tuned.yaml").write_text(as_yaml(tuned_config(opened, tunings), comment), encoding="utf-8")
@@ -215,7 +215,8 @@ def verdict_lines(tuning: Tuning) -> list[str]:
     if verdict.failures:
         lines.append(f"NOT met: {'; '.join(verdict.failures)}. {_advice(tuning)}")
     else:
-        lines.append(f"verified: {tuning.asked}")
+        held = "verified" if tuning.separate else "kept where it was chosen, on other images not checked"
+        lines.append(f"{held}: {tuning.asked}")
     return lines
 
 

@@ -185,6 +185,7 @@ def test_the_command_prints_and_writes_once(trained: Path, tmp_path: Path) -> No
     assert [line["kind"] for line in read_records(two / "records.jsonl")].count("profile") == 1
     assert recommended(two) == recommended(tmp_path / "one")
     configs = [yaml.safe_load((out / "tuned.yaml").read_text()) for out in (tmp_path / "one", two)]
+    assert [config["parallel"].pop("ep_size") for config in configs] == [1, 2]
     assert configs[0] == configs[1]
 
 

@@ -45,6 +45,7 @@ def test_a_sweep_over_layers(swinmoe, tmp_path: Path) -> None:  # type: ignore[n
         *(f"{d} E{e} k1 fixed 1.25, skew 1" for e in (2, 4) for d in ("ragged", "padded")),
     ]
     assert all(name in table for name in names) and "exch. out" in table
+    assert f"trace: {trace}, for ui.perfetto.dev" in said
     assert {"phases"} <= {event.get("cat") for event in json.loads(trace.read_text())["traceEvents"]}
     status, _, said = swinmoe("profile", "layer", *SMALL, "--out", out)
     assert status == 2 and "holds records already; give another --out" in said

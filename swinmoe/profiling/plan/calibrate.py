@@ -26,7 +26,7 @@ from swinmoe.parallel import Mesh, make_mesh
 from swinmoe.profiling.clock import Step, take_turns
 from swinmoe.profiling.link import Sample, fit_link
 from swinmoe.profiling.plan.cost import Cost, product
-from swinmoe.profiling.plan.hardware import WIDTH, Figure, Hardware, Link, Rates, Sharing
+from swinmoe.profiling.plan.hardware import NEVER, WIDTH, Figure, Hardware, Link, Rates, Sharing
 from swinmoe.runtime import describe_environment
 
 SHAPES = ((4608, 384, 384), (4608, 1536, 384), (2304, 384, 1536), (1152, 768, 768), (576, 192, 96), (128, 128, 128))
@@ -221,7 +221,7 @@ def _nowhere() -> Link:
     why = "not measured: calibrated on one process"
     return Link(
         latency=Figure(value=0.0, source=why),
-        bandwidth=Figure(value=1e18, source=why),
+        bandwidth=Figure(value=NEVER, source=why),
         half_message=Figure(value=0.0, source=why),
     )
 
@@ -259,7 +259,7 @@ def _link(group: Group, rounds: int, device: torch.device) -> list[float]:
         steps[str(size)] = _bound(all_to_all_rows, rows, [1] * world, [1] * world, group)
     taken = take_turns(steps, rounds, group=group, device=device)
     fitted = fit_link([Sample(world - 1, size, taken[str(size)].median / 1000) for size in SIZES])
-    return [fitted.latency, min(fitted.bandwidth, 1e18), fitted.half_message, fitted.typical_error]
+    return [fitted.latency, min(fitted.bandwidth, NEVER), fitted.half_message, fitted.typical_error]
 
 
 def _slowdowns(mesh: Mesh, rounds: int, source: str) -> Iterator[tuple[int, Figure]]:

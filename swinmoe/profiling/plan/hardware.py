@@ -21,6 +21,8 @@ from swinmoe.profiling.plan.cost import KINDS, Cost
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 WIDTH: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 """Bytes of an element that enters a product."""
+NEVER = 1e18
+"""Bytes per second of a link that nobody measured, or whose time does not depend on size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,11 @@ class Link:
     """Bytes per second of one rank, for large messages."""
     half_message: Figure
     """Bytes of a message at which half of that is reached."""
+
+    @property
+    def measured(self) -> bool:
+        """False where nobody sent anything: a calibration on one process."""
+        return self.latency.value > 0 or self.bandwidth.value < NEVER
 
     def seconds(self, messages: float, size: float) -> float:
         """`messages` of `size` bytes each, one after another; nothing if there are none."""
@@ -124,6 +131,17 @@ class Hardware:
             raise ConfigError(
                 f"hardware {self.name!r}: processes_per_node={self.processes_per_node} must be at least 1, "
                 f"overlap={self.overlap.value:g} at most 1"
+            )
+
+    def check_links(self, ranks: int) -> None:
+        """`ConfigError` if so many ranks would send over a link that nobody measured."""
+        inside = ranks > 1 and self.processes_per_node > 1 and not self.inside.measured
+        between = ranks > self.processes_per_node and not self.between.measured
+        if inside or between:
+            raise ConfigError(
+                f"hardware {self.name!r} does not say how {ranks} ranks send to each other: nobody measured its links; "
+                "calibrate on several processes (swinmoe plan --calibrate FILE --processes N, or under a launcher), or "
+                f"fill in {'inside' if inside else 'between'}: latency in seconds, bandwidth in bytes per second"
             )
 
     @property

@@ -135,9 +135,10 @@ def predict(run: RunConfig, scene: Scene) -> Prediction:
     """What a step of `run` takes on the ranks of `scene`.
 
     Raises:
-        ConfigError: batch or experts cannot be spread over so many ranks.
+        ConfigError: batch or experts cannot be spread over so many ranks, or nobody measured how they send.
     """
     world, precision = scene.world, run.train.precision
+    scene.hardware.check_links(world)
     here = min(world, scene.hardware.processes_per_node)
     hardware = scene.hardware.among(here)
     scene = replace(scene, hardware=hardware)

@@ -186,10 +186,10 @@ def factors_for(
 
 def _measure(bench: Workbench, settings: Mapping[str, Setting], rounds: int, tell: Tell) -> list[Point]:
     seen = {}
-    for name, setting in settings.items():
-        tell(f"{bench.mode}: {name}")
+    for number, (name, setting) in enumerate(settings.items(), 1):
+        tell(f"{bench.mode}: {number} of {len(settings)}, {name}")
         seen[name] = bench.look(setting)
-    tell(f"{bench.mode}: timing")
+    tell(f"{bench.mode}: timing {len(settings)} settings, {rounds} rounds")
     timings = _time(bench, settings, rounds)
     return [Point(name, setting, seen[name], timings[name]) for name, setting in settings.items()]
 

@@ -44,6 +44,8 @@ def tuned_config(opened: Opened, tunings: Iterable[Tuning]) -> Tree:
     tree = to_tree(opened.run if trained is None else trained)
     now = to_tree(opened.run)
     tree |= {"model": now["model"], "data": now["data"], "finetune": None, "resume": "never"}
+    if opened.mesh.world > 1:
+        tree["parallel"] = now["parallel"]  # factors hold for ranks that share experts and batches like these
     tree["name"] = f"{tree['name']}_tuned"
     tree["model"]["moe"]["capacity"]["layers"] = layer_policies(opened, tunings)
     build(RunConfig, tree)  # refused now rather than by whoever reads the file

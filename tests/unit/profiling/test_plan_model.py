@@ -330,6 +330,18 @@ def test_batches_that_cannot_be_are_refused(world: int, batch: int | None, messa
         predict(at_batch(run_of(), world, batch), Scene(H100, world))
 
 
+def test_links_that_nobody_measured_are_not_taken_for_free() -> None:
+    nowhere = link(0.0, 1e18)
+    alone = machine(nowhere, nowhere, node=2)
+    assert predict(run_of(), Scene(alone, 1)).seconds > 0
+    with pytest.raises(ConfigError, match=r"how 2 ranks send to each other.*--processes N.*fill in inside"):
+        predict(run_of(), Scene(alone, 2))
+    joined = machine(link(1e-5, 1e10), nowhere, node=2)
+    assert predict(run_of(), Scene(joined, 2)).seconds > 0
+    with pytest.raises(ConfigError, match=r"how 4 ranks send to each other.*fill in between"):
+        predict(run_of(), Scene(joined, 4))
+
+
 def test_ranks_that_expert_groups_do_not_divide_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"parallel.ep_size=8 does not divide 4 ranks"):
         predict(run_of(parallel={"ep_size": 8}), Scene(H100, 4))
