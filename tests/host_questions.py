@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
+
+from swinmoe.config import BalanceLossConfig, CapacityConfig, CapacityPolicy, MoEConfig, RouterConfig
+
+FIXED = CapacityPolicy(kind="fixed", factor=1.25)
+PADDED = MoEConfig(
+    num_experts=4,
+    top_k=2,
+    dispatcher="padded",
+    capacity=CapacityConfig(train=FIXED, eval=FIXED),
+    router=RouterConfig(batch_prioritized=True),
+    losses=BalanceLossConfig(gshard=0.01, importance=0.01, z=0.001),
+    shared_expert_ratio=0.5,
+)
+RAGGED = replace(PADDED, dispatcher="ragged")
 
 ASKING = {
     torch.ops.aten._local_scalar_dense.default,

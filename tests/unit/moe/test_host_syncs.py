@@ -14,24 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from host_questions import asked
+from host_questions import FIXED, PADDED, RAGGED, asked
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from swinmoe.config import BalanceLossConfig, CapacityConfig, CapacityPolicy, MoEConfig, RouterConfig
+from swinmoe.config import CapacityConfig, CapacityPolicy, MoEConfig
 from swinmoe.moe import MoEMlp, expert_mlp
-
-FIXED = CapacityPolicy(kind="fixed", factor=1.25)
-PADDED = MoEConfig(
-    num_experts=4,
-    top_k=2,
-    dispatcher="padded",
-    capacity=CapacityConfig(train=FIXED, eval=FIXED),
-    router=RouterConfig(batch_prioritized=True),
-    losses=BalanceLossConfig(gshard=0.01, importance=0.01, z=0.001),
-    shared_expert_ratio=0.5,
-)
-RAGGED = replace(PADDED, dispatcher="ragged")
 
 
 def step(layer: MoEMlp, x: Tensor) -> None:

@@ -11,25 +11,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from host_questions import asked
+from host_questions import FIXED, PADDED, RAGGED, asked
 from torch import Tensor
 
-from swinmoe.config import BalanceLossConfig, CapacityConfig, CapacityPolicy, MoEConfig, ParallelConfig, RouterConfig
+from swinmoe.config import CapacityConfig, CapacityPolicy, MoEConfig, ParallelConfig
 from swinmoe.moe import MoEMlp, expert_mlp
 from swinmoe.parallel import apply_expert_parallel, make_mesh
 from swinmoe.runtime.pretend import pretended_processes
 
-FIXED = CapacityPolicy(kind="fixed", factor=1.25)
-PADDED = MoEConfig(
-    num_experts=4,
-    top_k=2,
-    dispatcher="padded",
-    capacity=CapacityConfig(train=FIXED, eval=FIXED),
-    router=RouterConfig(batch_prioritized=True),
-    losses=BalanceLossConfig(gshard=0.01, importance=0.01, z=0.001),
-    shared_expert_ratio=0.5,
-)
-RAGGED = replace(PADDED, dispatcher="ragged")
 WAYS = {
     "flat": ParallelConfig(ep_size=2),
     "two stages": ParallelConfig(ep_size=4, exchange="2dh", local_size=2),

@@ -107,10 +107,8 @@ def test_a_dense_run_has_no_twin() -> None:
     assert line["variant"]["dispatcher"] == "dense" and line["exposed_ms"] is None
 
 
-@pytest.mark.parametrize("dispatcher", ["ragged", "padded"])
-@pytest.mark.parametrize("kind", ["dropless", "fixed"])
-def test_hardware_flops_are_what_the_counter_sees(dispatcher: str, kind: str) -> None:
-    run = small(model={"moe": {"dispatcher": dispatcher, "capacity": {"eval": {"kind": kind, "factor": 1.25}}}})
+def counted_forward(run: RunConfig) -> tuple[dict[str, Rows], dict[str, int], int]:
+    """Rows by layer and FLOPs of a forward pass, and the FLOPs that torch's counter sees in it."""
     model = build_model(run.model).eval()
     model.set_attention_impl("explicit")
     images = torch.randn(6, run.model.in_chans, *run.model.img_size)
@@ -118,7 +116,15 @@ def test_hardware_flops_are_what_the_counter_sees(dispatcher: str, kind: str) ->
         output = model(images)
     rows = count_rows(model.moe_layers(), output.routing, make_mesh(run.parallel), training=False)
     flops = model_flops(count(run.model), rows, run, backward=False)
-    assert flops["hardware"] == counter.get_total_flops()
+    return rows, flops, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("dispatcher", ["ragged", "padded"])
+@pytest.mark.parametrize("kind", ["dropless", "fixed"])
+def test_hardware_flops_are_what_the_counter_sees(dispatcher: str, kind: str) -> None:
+    run = small(model={"moe": {"dispatcher": dispatcher, "capacity": {"eval": {"kind": kind, "factor": 1.25}}}})
+    rows, flops, counted = counted_forward(run)
+    assert flops["hardware"] == counted
     assert (summed(rows).computed > summed(rows).kept) == (dispatcher == "padded")
 
 
@@ -137,14 +143,8 @@ def test_rows_cost_what_their_layer_is_wide(dispatcher: str, experts: dict[str, 
         },
     }
     run = small(model={"depths": [2, 2], "moe_blocks": [[1], [0]], "moe": moe})
-    model = build_model(run.model).eval()
-    model.set_attention_impl("explicit")
-    images = torch.randn(6, run.model.in_chans, *run.model.img_size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        output = model(images)
-    rows = count_rows(model.moe_layers(), output.routing, make_mesh(run.parallel), training=False)
-    flops = model_flops(count(run.model), rows, run, backward=False)
-    assert flops["hardware"] == counter.get_total_flops()
+    rows, flops, counted = counted_forward(run)
+    assert flops["hardware"] == counted
     narrow, wide = rows.values()
     assert narrow.dropped > 0.5 and wide.dropped == 0
     # Of a token of the narrow layer, whose experts have matrices of 16·F; SwiGLU has three of them, half as wide.
