@@ -9,6 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from swinmoe.errors import BackendUnavailableError
+from swinmoe.native import kernels
+
 
 @pytest.fixture(autouse=True)
 def _quiet_threads() -> None:
@@ -18,3 +21,12 @@ def _quiet_threads() -> None:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def native_kernels() -> None:
+    """For tests of our kernels in C++: without a compiler they are skipped, and say so."""
+    try:
+        kernels()
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))

@@ -195,6 +195,9 @@ class TrainConfig:
     """What the backward pass needs waits for it in the host's memory (pinned, for a GPU); weights stay."""
     compile: bool = False
     """Blocks are compiled by `torch.compile`: minutes at the start, faster steps. See `models.compile_blocks`."""
+    native_kernels: bool = False
+    """On a CPU: attention and dense MLPs by our kernels in C++, in fp32; seconds of a C++ compiler, the first time.
+    `compile` takes them anyway, where there is a compiler for them. See `models.use_native_kernels`."""
     eval_every_epochs: float | None = 1
     """None = at the end only."""
     dead_expert_window: int = 100

@@ -2,6 +2,15 @@
 
 from swinmoe.models.build import build_model, create_model
 from swinmoe.models.compile import Compiled, compile_blocks
+from swinmoe.models.kernels import use_native_kernels
 from swinmoe.models.swin import SwinOutput, SwinTransformer
 
-__all__ = ["Compiled", "SwinOutput", "SwinTransformer", "build_model", "compile_blocks", "create_model"]
+__all__ = [
+    "Compiled",
+    "SwinOutput",
+    "SwinTransformer",
+    "build_model",
+    "compile_blocks",
+    "create_model",
+    "use_native_kernels",
+]

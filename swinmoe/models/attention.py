@@ -19,9 +19,10 @@ from swinmoe.models.layers import exact_on_cpu, linear, project
 from swinmoe.models.position import num_offsets, resize_table
 from swinmoe.models.sequential import attend_in_chunks
 from swinmoe.models.windows import WindowGrid
+from swinmoe.native import window_attention
 
 Pair = tuple[int, int]
-AttentionImpl = Literal["auto", "explicit", "sdpa"]
+AttentionImpl = Literal["auto", "explicit", "sdpa", "native"]
 
 _MAX_LOG_SCALE = math.log(100.0)
 
@@ -48,7 +49,8 @@ class WindowAttention(nn.Module):
     """
 
     attention_impl: AttentionImpl = "auto"
-    """`explicit`: softmax(q·k) written out. `sdpa`: torch's fused function. `auto`: the faster one."""
+    """`explicit`: softmax(q·k) written out. `sdpa`: torch's fused function. `auto`: the fastest that torch alone gives.
+    `native`: our kernel in C++ where it can be used (float32 on a CPU, no dropout of weights), else as `auto`."""
 
     def __init__(
         self,
@@ -89,10 +91,11 @@ class WindowAttention(nn.Module):
         (height, width), (pad_h, pad_w), (sh, sw) = grid.size, grid.padding, grid.shift
         if pad_h or pad_w:
             x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
-        if sh or sw:
+        rolled = (sh or sw) and not self._native(x)  # the kernel follows the shift by itself
+        if rolled:
             x = torch.roll(x, (-sh, -sw), (1, 2))
         x = self._attend(x, tables)
-        if sh or sw:
+        if rolled:
             x = torch.roll(x, (sh, sw), (1, 2))
         if pad_h or pad_w:
             x = x[:, :height, :width]
@@ -108,6 +111,9 @@ class WindowAttention(nn.Module):
     def _attend(self, x: Tensor, tables: WindowTables) -> Tensor:
         """Attention on a padded and shifted map."""
         bias, qkv_bias = self.offset_bias(tables), self._qkv_bias()
+        if self._native(x):
+            given = (F.linear(x, self.qkv.weight), qkv_bias, bias, self._head_scale(), tables.index, tables.mask)
+            return window_attention(*given, tables.grid.window, tables.grid.shift, self.mask_value)
         if self.chunks == 1 and self._blocked(x):
             return self._attend_windows(F.linear(x, self.qkv.weight), bias, tables, qkv_bias)
         qkv = F.linear(x, self.qkv.weight, qkv_bias)
@@ -125,7 +131,7 @@ class WindowAttention(nn.Module):
         (rows, cols), (wh, ww) = grid.counts, grid.window
         batch, dim = qkv.shape[0], qkv.shape[-1] // 3
         if self._blocked(qkv):
-            of_heads = self._scale(1).view(-1) if self.style.similarity == "cosine" else None
+            of_heads = self._head_scale()
             return blocked_attention(qkv, qkv_bias, bias, of_heads, tables.index, tables.mask, grid, self.mask_value)
         qkv = qkv.view(batch, rows, wh, cols, ww, 3, heads, dim // heads).permute(5, 0, 1, 3, 6, 2, 4, 7)
         # Without a mask the bias differs by head only; with one, by window and head: either way axis 1 is the bias's.
@@ -145,12 +151,16 @@ class WindowAttention(nn.Module):
     def _blocked(self, x: Tensor) -> bool:
         """Whether a pass over `x`, or what a linear layer makes of it, is one for `blocked_attention`."""
         dropped = self.attn_drop > 0 and self.training
-        return self.attention_impl == "auto" and exact_on_cpu(x) and not dropped
+        return self.attention_impl in ("auto", "native") and exact_on_cpu(x) and not dropped
+
+    def _native(self, x: Tensor) -> bool:
+        """Whether a pass over the map `x` is one for `window_attention`."""
+        return self.attention_impl == "native" and self.chunks == 1 and x.dtype == torch.float32 and self._blocked(x)
 
     def _weigh(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
         """(b, a, N, d) three times and an additive bias (a, N, N) -> (b, a, N, d)."""
         impl = self.attention_impl
-        if impl == "auto":
+        if impl in ("auto", "native"):
             # On a CPU the fused function is faster for no shape of windows (docs/decisions/0007), with or without a
             # gradient of the bias; on other devices it was never measured.
             impl = "explicit" if q.device.type == "cpu" else "sdpa"
@@ -171,6 +181,10 @@ class WindowAttention(nn.Module):
     def _scale(self, repeats: int) -> Tensor:
         """exp(min(logit_scale, ln 100)) of each head, once for every window: (repeats·h, 1, 1)."""
         return self.logit_scale.clamp(max=_MAX_LOG_SCALE).exp().repeat(repeats, 1, 1)
+
+    def _head_scale(self) -> Tensor | None:
+        """Factors of the cosine similarity, by head (h,); None for dot products."""
+        return self._scale(1).view(-1) if self.style.similarity == "cosine" else None
 
     def _hide(self, bias: Tensor, mask: Tensor | None) -> Tensor:
         """Position bias (h, N, N) with the mask folded in: itself, or (n·h, N, N) where there is a mask."""

@@ -7,7 +7,6 @@ has blocks. Names of parameters stay what they are, and copies of a model (a mov
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +17,10 @@ from torch import nn
 
 from swinmoe.errors import BackendUnavailableError
 from swinmoe.models.block import SwinBlock
+from swinmoe.models.kernels import use_native_kernels
 from swinmoe.moe import MoEMlp
 from swinmoe.moe.execution import LocalExecution
+from swinmoe.native import compilers
 
 GRAPHS = 64
 """Graphs that one block's code may have: stages times shifts, in training and evaluation, for several image sizes."""
@@ -33,13 +34,15 @@ class Compiled:
     """Blocks."""
     attention_only: dict[str, str]
     """Blocks of which the attention was compiled -> why not the rest."""
+    no_kernels: str | None = None
+    """Why the graphs hold none of our kernels (`swinmoe.native`); None if they do, where the numbers allow."""
 
     def __str__(self) -> str:
         told = f"compiles {len(self.whole)} blocks"
         if self.attention_only:
             reasons = "; ".join(sorted(set(self.attention_only.values())))
             told += f", and the attention of {len(self.attention_only)} more ({reasons})"
-        return told
+        return told if self.no_kernels is None else f"{told}, without our kernels ({self.no_kernels})"
 
 
 def compile_blocks(
@@ -49,7 +52,8 @@ def compile_blocks(
 
     A block with experts is one graph where its layout is static: the dispatchers `padded` and `gshard`, with a fixed
     capacity, on one process. Of other blocks with experts the attention is compiled and the rest runs as before: sizes
-    that depend on the routing would break the graph. Recomputed activations are compiled inside their regions.
+    that depend on the routing would break the graph. Recomputed activations are compiled inside their regions. On a CPU
+    graphs hold our kernels as operators (`use_native_kernels`), which are compiled now, where that can be done.
 
     Args:
         model: after experts were spread, before it is wrapped for data parallelism.
@@ -59,11 +63,16 @@ def compile_blocks(
         BackendUnavailableError: inductor makes C++ for a CPU, and there is no compiler for it.
     """
     on_cpu = any(parameter.device.type == "cpu" for parameter in model.parameters())
-    if backend == "inductor" and on_cpu and not any(map(shutil.which, _compilers())):
+    if backend == "inductor" and on_cpu and not any(map(shutil.which, compilers())):
         raise BackendUnavailableError(
-            f"torch.compile needs a C++ compiler to compile for a CPU, and none of {', '.join(_compilers())} is "
+            f"torch.compile needs a C++ compiler to compile for a CPU, and none of {', '.join(compilers())} is "
             "installed; install one, name yours in CXX, or do not compile (train.compile=false)"
         )
+    no_kernels = None
+    try:
+        use_native_kernels(model)
+    except BackendUnavailableError as error:
+        no_kernels = str(error)
     how: dict[str, Any] = {"backend": backend, "options": options, "dynamic": False, "fullgraph": True}
     # All blocks are one piece of code to dynamo, which stops at 8 graphs of it.
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, GRAPHS)
@@ -79,12 +88,7 @@ def compile_blocks(
         else:
             block.attn.compile(**how)
             parts[name] = reason
-    return Compiled(tuple(whole), parts)
-
-
-def _compilers() -> list[str]:
-    named = os.environ.get("CXX")
-    return [named] if named else ["g++", "clang++"]
+    return Compiled(tuple(whole), parts, no_kernels if on_cpu else None)
 
 
 def _changes_size(layer: MoEMlp) -> str | None:

@@ -6,6 +6,8 @@ does not change what comes after.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,12 +34,17 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
     the bias, a walk over the map, where what follows can add it in a walk that is made anyway. Not where that would
     round twice, nor past hooks and what else may stand in a linear layer's place.
     """
-    if torch.compiler.is_compiling() and type(layer) is nn.Linear and exact_on_cpu(x):
-        bias: Tensor | None = layer.bias
-        if bias is not None and not (layer._forward_hooks or layer._forward_pre_hooks):
-            return F.linear(x, layer.weight) + bias
+    if torch.compiler.is_compiling() and exact_on_cpu(x) and unobserved(layer):
+        return F.linear(x, layer.weight) + layer.bias
     y: Tensor = layer(x)
     return y
+
+
+def unobserved(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether `layer` is a linear layer with a bias and nothing else, whose call nobody watches."""
+    if type(layer) is not nn.Linear or layer.bias is None:
+        return False
+    return not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def patch_conv(in_chans: int, out_chans: int, patch_size: tuple[int, int]) -> nn.Conv2d:

@@ -26,7 +26,7 @@ from swinmoe.config.io import dump
 from swinmoe.config.model import moe_layer_name
 from swinmoe.data import Batch
 from swinmoe.errors import CheckpointError, ConfigError, NonFiniteLossError
-from swinmoe.models import Compiled, SwinTransformer, build_model, compile_blocks
+from swinmoe.models import Compiled, SwinTransformer, build_model, compile_blocks, use_native_kernels
 from swinmoe.models.counts import ModelCounts, count
 from swinmoe.models.stage import stage_map
 from swinmoe.moe import phases, require_slots
@@ -460,6 +460,8 @@ def make_arm(
         average.requires_grad_(False)
         if mesh.config.shard_dense and mesh.world > 1:
             shard_dense(average.module, mesh)
+    if run.train.native_kernels:
+        use_native_kernels(raw)
     compiled = compile_blocks(raw) if run.train.compile else None
     model = wrap_data_parallel(raw, mesh, accelerator)
     return Arm(

@@ -29,11 +29,11 @@ MAY_DIFFER_ON_RESUME = (
     *("resume", "output_dir", "name", "log", "checkpoint", "parallel"),
     *("data.workers", "data.root", "data.index_dir", "data.download", "train.eval_batch_size"),
     *("model.grad_checkpointing", "model.attention_chunks", "train.offload_activations"),
-    "train.compile",
+    *("train.compile", "train.native_kernels"),
 )
-"""Config keys, and sections, that may change on the way. All but `parallel`, `model.attention_chunks` and
-`train.compile`, which sum in another order, leave every bit of training as it is; with another number of ranks the
-noise that ranks draw is another."""
+"""Config keys, and sections, that may change on the way. All but `parallel`, `model.attention_chunks`, `train.compile`
+and `train.native_kernels`, which sum in another order, leave every bit of training as it is; with another number of
+ranks the noise that ranks draw is another."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ PLANTED = (
     ("moe/capacity.py", "import swinmoe.moe.routers", "swinmoe.moe.capacity -> swinmoe.moe.routers"),
     ("moe/experts.py", "import swinmoe.models.counts", "swinmoe.moe.experts -> swinmoe.models.counts"),
     ("comm/planted.py", "import swinmoe.records", "swinmoe.comm.planted -> swinmoe.records"),
+    ("native/planted.py", "import swinmoe.config", "swinmoe.native.planted -> swinmoe.config"),
     ("config/planted.py", "def late():\n    import swinmoe.records", "swinmoe.config.planted -> swinmoe.records"),
     ("data/planted.py", "import swinmoe.checkpoint", "swinmoe.data.planted -> swinmoe.checkpoint"),
     ("report/planted.py", "import swinmoe.train", "swinmoe.report.planted -> swinmoe.train"),

@@ -11,17 +11,19 @@
 Arms take turns in rounds; medians with 95 % intervals. A step is forward and backward with the layers' balance losses
 and without the optimiser; gradients stay from step to step and are set to zero in it, except in the arms that say
 `given back`, which let them go as `optimizer.zero_grad()` does: PyTorch's modules then get fresh memory, our experts
-the same as before. What is freed stays with the process in all arms, as in swinmoe's own commands; with `--allocator
-default` it is as in a process that knows nothing of them, and freshly mapped memory takes its time. An arm finds caches
-as the arm before left them, which next to a library that works through much memory is not as its own steps leave them:
-`--primed` takes that out. Tutel and FairScale take part where they are installed, Microsoft's model where a checkout of
-its repository is named. Other load on the machine spoils ratios too: many small products wait for each other more often
-than few large ones. Prints JSON, one line a table.
+the same as before. `kernels`: with our kernels in C++ (`use_native_kernels`), which compiled models take by themselves.
+What is freed stays with the process in all arms, as in swinmoe's own commands; with `--allocator default` it is as in a
+process that knows nothing of them, and freshly mapped memory takes its time. An arm finds caches as the arm before left
+them, which next to a library that works through much memory is not as its own steps leave them: `--primed` takes that
+out. Tutel and FairScale take part where they are installed, Microsoft's model where a checkout of its repository is
+named. Other load on the machine spoils ratios too: many small products wait for each other more often than few large
+ones. Prints JSON, one line a table.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import itertools
 import json
@@ -44,7 +46,7 @@ from torch import Tensor, nn
 import swinmoe
 from swinmoe.config import ModelConfig, MoEConfig
 from swinmoe.config.io import build
-from swinmoe.models import SwinTransformer, build_model, compile_blocks
+from swinmoe.models import SwinTransformer, build_model, compile_blocks, use_native_kernels
 from swinmoe.moe import MoEMlp
 from swinmoe.profiling import take_turns
 from swinmoe.runtime import keep_freed_memory
@@ -176,10 +178,20 @@ def models(args: argparse.Namespace) -> None:
     found = {"dense": dense, "sparse": sparse}
     if args.swin_repo is not None:
         found |= microsoft(args.swin_repo)
+    for name in ("dense", "sparse"):
+        found[f"{name}, kernels"] = with_kernels(found[name])
     images = torch.randn(BATCH, 3, 192, 192)
     steps = {name: model_step(model.train(), images) for name, model in found.items()}
-    steps |= {f"{n}, given back": model_step(found[n], images, give_back=True) for n in ("dense", "sparse")}
+    for name in ("dense", "sparse", "dense, kernels", "sparse, kernels"):
+        steps[f"{name}, given back"] = model_step(found[name], images, give_back=True)
     tell("model", {"batch": BATCH, "experts": 8, **SWIN}, steps, args.rounds, baseline="dense")
+
+
+def with_kernels(model: nn.Module) -> nn.Module:
+    """A copy that takes our kernels in C++."""
+    copied = copy.deepcopy(model)
+    use_native_kernels(copied)
+    return copied
 
 
 def theirs_and_ours() -> dict[str, nn.Module]:
@@ -204,6 +216,7 @@ def dense_models(args: argparse.Namespace) -> None:
     found = theirs_and_ours()
     for version in ("v1", "v2"):
         steps = {name: model_step(m.train(), images) for name, m in found.items() if name.endswith(version)}
+        steps[f"{version}, kernels"] = model_step(with_kernels(found[version]).train(), images)
         tell("dense", {"batch": BATCH, "version": version, **SWIN}, steps, args.rounds, baseline=f"timm {version}")
 
 
@@ -230,6 +243,7 @@ def one_compiled(what: str, rounds: int, with_timm: bool) -> None:
     compile_blocks(mine)
     steps = {name: model_step(m, images) for name, m in found.items()}
     steps[f"{version}, compiled"] = model_step(mine, images)
+    steps[f"{version}, compiled, given back"] = model_step(mine, images, give_back=True)
     begun = time.perf_counter()
     steps[f"{version}, compiled"]()
     seconds = {f"{version}, first step": time.perf_counter() - begun}
@@ -268,7 +282,7 @@ def attention_step(attention: nn.Module, way: str, tables: Any, x: Tensor, slope
 
 
 def attentions(args: argparse.Namespace) -> None:
-    """What `auto` takes beside the ways written out and fused, of shifted windows where there are any."""
+    """What `auto` takes beside our kernel, written out and fused, of shifted windows where there are any."""
     for style, (window, side, dim, images) in itertools.product(("v1", "v2"), WINDOWS):
         tree = {"style": style, "embed_dim": dim, "depths": [2], "num_heads": [dim // 32], "patch_size": 1}
         config = build(ModelConfig, tree | {"window_size": window, "img_size": side, "num_classes": 1})
@@ -278,7 +292,7 @@ def attentions(args: argparse.Namespace) -> None:
         for training, half in itertools.product((True, False), (False, True)):
             x = torch.randn(images, side, side, dim, dtype=torch.bfloat16 if half else None, requires_grad=training)
             slope = torch.randn_like(x) if training else None
-            ways = ("auto", "explicit", "sdpa")
+            ways = ("auto", "native", "explicit", "sdpa")
             steps = {way: attention_step(attention, way, tables, x, slope, half) for way in ways}
             shape = {"style": style, "window": window, "map": side, "dim": dim, "images": images}
             tell("attention", shape | {"training": training, "bf16": half}, steps, args.rounds, baseline="auto")

@@ -18,6 +18,7 @@ from swinmoe.config import CompareConfig, RunConfig
 from swinmoe.config.io import build, merge
 from swinmoe.errors import BackendUnavailableError, CheckpointError, ConfigError, NonFiniteLossError
 from swinmoe.models import build_model
+from swinmoe.native import build as native_build
 from swinmoe.records import read_records
 from swinmoe.train import train
 from swinmoe.train.loss_scale import LossScale
@@ -244,6 +245,25 @@ def test_compiled_blocks_train_as_others_do(tmp_path: Path) -> None:
         torch.testing.assert_close(_model(folder)[name], value, rtol=1e-9, atol=1e-11)
     accuracy = [_lines(f, "final")[0]["accuracy"] for f in (plain, folder)]
     assert accuracy[0] == accuracy[1]
+
+
+@pytest.mark.usefixtures("native_kernels")
+def test_native_kernels_train_as_torch_does(tmp_path: Path) -> None:
+    """To the digits that single precision has, and saved, resumed and averaged like any other model."""
+    common = {"train": {"steps": 3, "ema_decay": 0.9}, "checkpoint": {"every_steps": 2}}
+    plain, _ = train(_run(tmp_path, name="plain", **common), show=False)
+    changed = merge(common, {"train": {"native_kernels": True}})
+    folder, _ = train(_run(tmp_path, name="native", **changed), show=False)
+    assert any(not torch.equal(_model(folder)[name], value) for name, value in _model(plain).items())
+    for name, value in _model(plain).items():
+        torch.testing.assert_close(_model(folder)[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_native_kernels_without_a_compiler_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native_build.kernels.cache_clear()
+    with pytest.raises(BackendUnavailableError, match=r"none of no-such-compiler is installed"):
+        train(_run(tmp_path, train={"native_kernels": True}), show=False)
 
 
 def test_compiling_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,33 @@
+"""A model that runs on a CPU takes our kernels in C++ for attention and for the activation of its dense MLPs."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from swinmoe.errors import BackendUnavailableError
+from swinmoe.models.attention import WindowAttention
+from swinmoe.models.mlp import Mlp
+from swinmoe.native import kernels
+
+
+def use_native_kernels(model: nn.Module) -> None:
+    """Let attention layers (those with `attention_impl` "auto") and dense MLPs of `model` take our kernels, in place.
+
+    They are taken in float32 alone: under autocast, in float64 and in exported programs all is as it was. Sums are made
+    in another order, so that results differ in the last digits. Copies of the model take them too.
+
+    Raises:
+        BackendUnavailableError: the model is not on a CPU, or the kernels could not be compiled.
+    """
+    elsewhere = {parameter.device.type for parameter in model.parameters()} - {"cpu"}
+    if elsewhere:
+        raise BackendUnavailableError(
+            f"our kernels in C++ are for CPUs and the model is on {', '.join(sorted(elsewhere))}; "
+            "leave train.native_kernels at false, or train on a CPU"
+        )
+    kernels()
+    for module in model.modules():
+        if isinstance(module, WindowAttention) and module.attention_impl == "auto":
+            module.attention_impl = "native"
+        if isinstance(module, Mlp):
+            module.native = True

@@ -1,0 +1,183 @@
+"""Models with our kernels in C++: the same training step, in graphs too, and where they are not taken."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from swinmoe.config import ModelConfig, MoEConfig
+from swinmoe.errors import BackendUnavailableError
+from swinmoe.models import SwinTransformer, attention, build_model, compile_blocks, mlp, use_native_kernels
+from swinmoe.models.compile import Compiled
+
+pytestmark = [
+    pytest.mark.usefixtures("native_kernels"),
+    # Dynamo looks at `.grad` of every input, also of a map that comes from the block before.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+]
+IMAGES = torch.randn(2, 3, 20, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+"""No multiple of the window: maps are padded and shifted."""
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def model_of(style: str, dtype: torch.dtype = torch.float32, **over: object) -> SwinTransformer:
+    cfg = ModelConfig(
+        style=style,
+        img_size=(20, 20),
+        patch_size=(2, 2),
+        embed_dim=8,
+        depths=(4, 2),
+        num_heads=(1, 2),
+        window_size=(4, 4),
+        num_classes=3,
+        res_post_norm_init=0.5,
+        drop_path_rate=0.3,
+        **over,
+    )
+    return build_model(cfg, dtype=dtype).train()
+
+
+def outcome(model: SwinTransformer) -> list[Tensor]:
+    """Logits and all gradients of a training step; draws restarted."""
+    torch.manual_seed(5)
+    model.zero_grad()
+    dtype = model.norm.weight.dtype
+    keeps = model._draw_keeps
+    with pytest.MonkeyPatch.context() as patch:  # drawn in single precision, whatever the model is
+        patch.setattr(model, "_draw_keeps", lambda x: [k if k is None else k.to(dtype) for k in keeps(x.float())])
+        out = model(IMAGES.to(dtype))
+    (out.logits.square().sum() + out.aux_loss).backward()
+    return [out.logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def assert_near(got: list[Tensor], expected: list[Tensor]) -> None:
+    for mine, other in zip(got, expected, strict=True):
+        difference = (mine.double() - other.double()).abs().max()
+        assert difference <= 1e-4 * other.abs().max().clamp(min=1e-3), (tuple(mine.shape), difference)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels, each time one is called from a module."""
+    called: list[str] = []
+    for module, name in ((attention, "window_attention"), (mlp, "biased_gelu")):
+
+        def spy(*given: object, _original: object = getattr(module, name), _name: str = name) -> object:
+            called.append(_name)
+            return _original(*given)  # type: ignore[operator]
+
+        monkeypatch.setattr(module, name, spy)
+    return called
+
+
+@pytest.mark.parametrize("over", [{}, {"grad_checkpointing": True}, {"moe": MoEConfig(num_experts=4), "sparse": True}])
+@pytest.mark.parametrize("style", ["v1", "v2", "swin_moe"])
+def test_a_step_is_that_of_double_precision(style: str, over: dict[str, object], calls: list[str]) -> None:
+    sparse = over.get("sparse", False)
+    over = {k: v for k, v in over.items() if k != "sparse"} | ({"moe_blocks": ((1,), (1,))} if sparse else {})
+    model, exact = model_of(style, **over), model_of(style, torch.float64, **over)
+    use_native_kernels(model)
+    assert_near(outcome(model), outcome(exact))
+    forwards = 2 if "grad_checkpointing" in over else 1
+    assert calls.count("window_attention") == 6 * forwards
+    assert calls.count("biased_gelu") == (4 if sparse else 6) * forwards
+
+
+@pytest.mark.parametrize("style", ["v1", "v2"])
+def test_graphs_hold_them(style: str) -> None:
+    model, exact, seen = model_of(style), model_of(style, torch.float64), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        seen.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    done = compile_blocks(model, backend=backend)
+    assert done.no_kernels is None
+    assert_near(outcome(model), outcome(exact))
+    assert len(seen) == 4  # two stages, shifted or not
+    for names in seen:
+        assert sum("window_attention" in name for name in names) == 1
+        assert sum("biased_gelu" in name for name in names) == 1
+        assert not any("roll" in name or "softmax" in name for name in names)
+
+
+def test_compiled_without_them_where_they_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise BackendUnavailableError("it is raining")
+
+    monkeypatch.setattr("swinmoe.models.kernels.kernels", refuse)
+    model = model_of("v1")
+    done = compile_blocks(model, backend="aot_eager")
+    assert done.no_kernels == "it is raining"
+    assert str(done) == "compiles 6 blocks, without our kernels (it is raining)"
+    assert not any(m.native for m in model.modules() if isinstance(m, mlp.Mlp))
+    assert str(Compiled(("a",), {})) == "compiles 1 blocks"
+
+
+def test_what_was_chosen_by_hand_stays() -> None:
+    model = model_of("v1")
+    model.set_attention_impl("explicit")
+    use_native_kernels(model)
+    assert {m.attention_impl for m in model.modules() if isinstance(m, attention.WindowAttention)} == {"explicit"}
+
+
+def test_not_taken_where_numbers_are_others(calls: list[str]) -> None:
+    for dtype, context in ((torch.float64, nullcontext()), (torch.float32, torch.autocast("cpu", torch.bfloat16))):
+        model = model_of("v2", dtype)
+        use_native_kernels(model)
+        with context:
+            outcome(model)
+    assert calls == []
+
+
+def test_not_taken_where_somebody_watches_or_drops(calls: list[str]) -> None:
+    model = model_of("v1", attn_drop_rate=0.1)
+    use_native_kernels(model)
+    block = model.layers[0].blocks[0]
+    block.mlp.fc1.register_forward_hook(lambda *_: None)
+    outcome(model)
+    assert calls.count("window_attention") == 0 and calls.count("biased_gelu") == 5
+    calls.clear()
+    model.eval()(IMAGES.float())  # nothing is dropped
+    assert calls.count("window_attention") == 6
+    calls.clear()
+    model.set_attention_chunks(2)
+    model(IMAGES.float())
+    assert calls.count("window_attention") == 0
+
+
+def test_copies_take_them_too(calls: list[str]) -> None:
+    model = model_of("v1")
+    use_native_kernels(model)
+    copied = copy.deepcopy(model).eval()
+    torch.testing.assert_close(copied(IMAGES.float()).logits, model.eval()(IMAGES.float()).logits, rtol=0, atol=0)
+    assert calls.count("window_attention") == 12
+
+
+def test_elsewhere_than_on_a_cpu_is_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    with pytest.raises(BackendUnavailableError, match=r"on meta.*train\.native_kernels"):
+        use_native_kernels(model)
+
+
+def test_kernels_are_never_asked_for_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model needs no compiler unless it is told to take them."""
+
+    def refuse() -> None:
+        raise AssertionError("compiled without being asked")
+
+    for module in ("attention", "gelu"):
+        monkeypatch.setattr(f"swinmoe.native.{module}.kernels", refuse)
+    outcome(model_of("v1"))
