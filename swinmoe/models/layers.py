@@ -11,6 +11,8 @@ from typing import TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit._trace import is_tracing
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import skip_init
 
 
@@ -24,7 +26,7 @@ def exact_on_cpu(x: Tensor) -> bool:
     """Whether layers compute with `x` on a CPU in single or double precision, and no program is being exported."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
-    return not (torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting())
+    return not (torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting() or is_tracing())
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
@@ -44,7 +46,10 @@ def unobserved(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether `layer` is a linear layer with a bias and nothing else, whose call nobody watches."""
     if type(layer) is not nn.Linear or layer.bias is None:
         return False
-    return not (layer._forward_hooks or layer._forward_pre_hooks)
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
+    # A graph sees none of these.
+    return torch.compiler.is_compiling() or not ("forward" in vars(layer) or _has_any_global_hook())
 
 
 def patch_conv(in_chans: int, out_chans: int, patch_size: tuple[int, int]) -> nn.Conv2d:

@@ -15,9 +15,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from swinmoe.native.build import kernels
-from swinmoe.native.operators import address, define, differentiate
+from swinmoe.native.operators import address, define, differentiate, expect, expect_numbers, finish, refuse_tangents
 
 
 def window_attention(
@@ -48,8 +49,10 @@ def window_attention(
 
     Raises:
         BackendUnavailableError: the kernel could not be compiled.
-        NotImplementedError: second derivatives were asked for.
+        NotImplementedError: second or forward-mode derivatives were asked for.
+        ValueError: other numbers or shapes than these.
     """
+    refuse_tangents(qkv, qkv_bias, bias, head_scale)
     given = (qkv, qkv_bias, bias, head_scale, index, mask, window, shift, mask_value)
     return cast(Tensor, torch.ops.swinmoe.window_attention(*given)[0])
 
@@ -69,6 +72,7 @@ class _Call(ctypes.Structure):
 
 def _call(*given: Any) -> tuple[Any, list[Tensor | None]]:
     """What the kernel is called with, and the tensors whose memory that points to."""
+    _check(*given)
     *tensors, window, shift, mask_value = given
     held = [None if t is None else t.contiguous() for t in tensors]
     qkv, bias = given[0], given[2]
@@ -78,10 +82,38 @@ def _call(*given: Any) -> tuple[Any, list[Tensor | None]]:
     return ctypes.byref(call), held
 
 
+def _check(
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    bias: Tensor,
+    head_scale: Tensor | None,
+    index: Tensor,
+    mask: Tensor | None,
+    window: Sequence[int],
+    shift: Sequence[int],
+    mask_value: float | None,
+) -> None:
+    expect_numbers(qkv=qkv, qkv_bias=qkv_bias, bias=bias, head_scale=head_scale)
+    (_, height, width, tripled), (heads, _) = qkv.shape, bias.shape
+    (wh, ww), (sh, sw) = window, shift
+    expect(height % wh == 0 and width % ww == 0, f"windows of {wh}x{ww} do not divide a map of {height}x{width}")
+    expect(0 <= sh <= height and 0 <= sw <= width, f"a shift by ({sh}, {sw}) leaves a map of {height}x{width}")
+    expect(tripled % (3 * heads) == 0, f"3 x {heads} heads do not divide a width of {tripled}")
+    area, count = wh * ww, height // wh * (width // ww)
+    for name, t, shape, dtype in (
+        ("qkv_bias", qkv_bias, (tripled,), torch.float32),
+        ("head_scale", head_scale, (heads,), torch.float32),
+        ("index", index, (area * area,), torch.int64),
+        ("mask", mask, (count, area, area), torch.bool),
+    ):
+        told = t is None or (tuple(t.shape) == shape and t.dtype == dtype)
+        expect(told, f"{name} is {t is not None and (t.dtype, tuple(t.shape))}; it must be {dtype} of shape {shape}")
+
+
 def _forward(*given: Any) -> tuple[Tensor, Tensor]:
     results = _forward_shapes(*given)
     call, _held = _call(*given)
-    kernels().swinmoe_window_attention_forward(call, *map(address, results))
+    finish(kernels().swinmoe_window_attention_forward(call, *map(address, results)))
     return results
 
 
@@ -92,9 +124,10 @@ def _forward_shapes(qkv: Tensor, qkv_bias: Tensor | None, bias: Tensor, *_: Any)
 
 
 def _backward(grad: Tensor, kept: Tensor, *given: Any) -> tuple[Tensor, ...]:
-    grad, grads = grad.contiguous(), _backward_shapes(grad, kept, *given)
+    expect_numbers(grad=grad, kept=kept)
+    grad, kept, grads = grad.contiguous(), kept.contiguous(), _backward_shapes(grad, kept, *given)
     call, _held = _call(*given)
-    kernels().swinmoe_window_attention_backward(call, *map(address, (grad, kept, *grads)))
+    finish(kernels().swinmoe_window_attention_backward(call, *map(address, (grad, kept, *grads))))
     return grads
 
 
@@ -107,11 +140,14 @@ def _backward_shapes(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, window, shift, mask_value = inputs
+    ctx.set_materialize_grads(False)  # of what is kept there is none
     ctx.save_for_backward(output[1], *tensors)
     ctx.rest = (window, shift, mask_value)
 
 
-def _back(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _back(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
     grads = torch.ops.swinmoe.window_attention_backward(grad, *ctx.saved_tensors, *ctx.rest)
     return *(g if too else None for g, too in zip(grads, ctx.needs_input_grad[:4], strict=True)), *[None] * 5
 
@@ -134,3 +170,17 @@ differentiate(
     "window_attention_backward",
     "set attention_impl='explicit' on the model's attention layers, which has them",
 )
+
+
+@register_flop_formula(torch.ops.swinmoe.window_attention)
+def _flops(qkv: Sequence[int], *_: Any, out_val: Any = None, **__: Any) -> int:
+    """Of both products: `_[5]` is the window."""
+    batch, height, width, tripled = qkv
+    wh, ww = _[5]
+    return int(2 * 2 * batch * height * width * wh * ww * (tripled // 3))
+
+
+@register_flop_formula(torch.ops.swinmoe.window_attention_backward)
+def _flops_backward(grad: Sequence[int], kept: Sequence[int], qkv: Sequence[int], *rest: Any, **__: Any) -> int:
+    """The scores once more, and two products for each of the forward pass."""
+    return int(_flops(qkv, *rest)) * 5 // 2

@@ -10,10 +10,13 @@
 
 #include <omp.h>
 
+#include <algorithm>
+#include <new>
 #include <vector>
 
 namespace {
 
+constexpr int64_t kTogether = 256;  // rows, at most, that are summed in single precision
 constexpr float kScale = 0.375f * 0.70710678f;
 constexpr float kFit[] = {0.21161442f,  0.21063348f, 0.2054306f,   0.12103823f, 0.27484591f,
                           -0.23107909f, 0.43389616f, -0.28807655f, 0.06169686f};
@@ -54,7 +57,7 @@ inline void store_some(float* to, Vec x, int64_t n) {
 
 extern "C" {
 
-void swinmoe_biased_gelu_forward(int64_t rows, int64_t width, int64_t threads, const float* x, const float* bias,
+int swinmoe_biased_gelu_forward(int64_t rows, int64_t width, int64_t threads, const float* x, const float* bias,
                                  float* out) {
   const int64_t whole = width / LANES * LANES;
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -65,40 +68,48 @@ void swinmoe_biased_gelu_forward(int64_t rows, int64_t width, int64_t threads, c
     if (const int64_t rest = width - whole)
       store_some(to + whole, value(load_some(from + whole, rest) + load_some(bias + whole, rest)), rest);
   }
+  return 0;
 }
 
-// grad_x (rows, width), grad_bias (width): the sum of grad_x over rows.
-void swinmoe_biased_gelu_backward(int64_t rows, int64_t width, int64_t threads, const float* grad, const float* x,
-                                  const float* bias, float* grad_x, float* grad_bias) {
+// grad_x (rows, width), grad_bias (width): the sum of grad_x over rows. 0, or 1 if there was no memory for it.
+int swinmoe_biased_gelu_backward(int64_t rows, int64_t width, int64_t threads, const float* grad, const float* x,
+                                 const float* bias, float* grad_x, float* grad_bias) try {
   const int64_t whole = width / LANES * LANES, rest = width - whole;
-  std::vector<std::vector<float>> sums;
+  const int64_t blocks = threads * ((rows + threads * kTogether - 1) / (threads * kTogether));  // as many for each thread
+  std::vector<std::vector<double>> sums(threads, std::vector<double>(width));
+  std::vector<std::vector<float>> of_blocks(threads, std::vector<float>(whole + LANES));
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp single
-    sums.resize(omp_get_num_threads());
-    std::vector<float> own(whole + LANES);
+    float* own = of_blocks[omp_get_thread_num()].data();
+    double* total = sums[omp_get_thread_num()].data();
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < rows; i++) {
-      const int64_t at = i * width;
-      for (int64_t j = 0; j < whole; j += LANES) {
-        const Vec of_x = load(grad + at + j) * slope(load(x + at + j) + load(bias + j));
-        store(grad_x + at + j, of_x);
-        store(own.data() + j, load(own.data() + j) + of_x);
+    for (int64_t block = 0; block < blocks; block++) {
+      std::fill(own, own + whole + LANES, 0.0f);
+      for (int64_t i = rows * block / blocks; i < rows * (block + 1) / blocks; i++) {
+        const int64_t at = i * width;
+        for (int64_t j = 0; j < whole; j += LANES) {
+          const Vec of_x = load(grad + at + j) * slope(load(x + at + j) + load(bias + j));
+          store(grad_x + at + j, of_x);
+          store(own + j, load(own + j) + of_x);
+        }
+        if (rest) {
+          const Vec y = load_some(x + at + whole, rest) + load_some(bias + whole, rest);
+          const Vec of_x = load_some(grad + at + whole, rest) * slope(y);
+          store_some(grad_x + at + whole, of_x, rest);
+          store(own + whole, load(own + whole) + of_x);
+        }
       }
-      if (rest) {
-        const Vec y = load_some(x + at + whole, rest) + load_some(bias + whole, rest);
-        const Vec of_x = load_some(grad + at + whole, rest) * slope(y);
-        store_some(grad_x + at + whole, of_x, rest);
-        store(own.data() + whole, load(own.data() + whole) + of_x);
-      }
+      for (int64_t j = 0; j < width; j++) total[j] += own[j];
     }
-    sums[omp_get_thread_num()] = std::move(own);
   }
   for (int64_t j = 0; j < width; j++) {
-    float total = 0;
-    for (const auto& own : sums) total += own[j];
-    grad_bias[j] = total;
+    double total = 0;
+    for (const auto& one : sums) total += one[j];
+    grad_bias[j] = (float)total;
   }
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 1;
 }
 
 }  // extern "C"

@@ -42,9 +42,12 @@ def kernels() -> ctypes.CDLL:
             f"our kernels need a C++ compiler, and none of {', '.join(compilers())} is installed; install one, or name "
             "yours in CXX"
         )
-    path = _folder() / f"kernels-{_key(compiler)}.so"
-    if not path.exists():
-        _compile(compiler, path)
+    try:
+        path = _folder() / f"kernels-{_key(compiler)}.so"
+        if not path.exists():
+            _compile(compiler, path)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BackendUnavailableError(f"{compiler} does not compile our kernels: {error}") from error
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -56,10 +59,7 @@ def _compile(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         fresh = Path(folder) / path.name
         words = [compiler, *_FLAGS, *map(str, _texts(".cpp")), "-o", str(fresh)]
-        try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise BackendUnavailableError(f"{compiler} does not compile our kernels: {error}") from error
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS)
         if done.returncode:
             said = "\n".join(done.stderr.strip().splitlines()[:5])
             raise BackendUnavailableError(f"{compiler} does not compile our kernels: {said}")
@@ -88,13 +88,15 @@ def _processor() -> str:
 
 @functools.cache
 def _folder() -> Path:
-    """Where compiled files lie: the user's cache, or where that cannot be written to, a folder of this process."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swinmoe"
+    """Where compiled files lie: the user's cache, or, where that is not theirs alone to write to, a folder of this
+    process."""
     try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swinmoe"
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(cache, os.W_OK):
+        told = cache.stat()
+        if told.st_uid == os.getuid() and not told.st_mode & 0o022 and os.access(cache, os.W_OK):
             return cache
-    except OSError:
+    except (OSError, RuntimeError):  # the latter where nobody knows a home
         pass
     _OF_THIS_PROCESS.append(tempfile.TemporaryDirectory(prefix="swinmoe-"))
     return Path(_OF_THIS_PROCESS[-1].name)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from swinmoe.native.build import kernels
-from swinmoe.native.operators import address, define, differentiate
+from swinmoe.native.operators import address, define, differentiate, expect, expect_numbers, finish, refuse_tangents
 
 
 def biased_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -23,20 +23,24 @@ def biased_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
     Raises:
         BackendUnavailableError: the kernel could not be compiled.
-        NotImplementedError: second derivatives were asked for.
+        NotImplementedError: second or forward-mode derivatives were asked for.
+        ValueError: other numbers or shapes than these.
     """
+    refuse_tangents(x, bias)
     return cast(Tensor, torch.ops.swinmoe.biased_gelu(x, bias))
 
 
-def _sizes(x: Tensor) -> tuple[ctypes.c_int64, ...]:
+def _sizes(x: Tensor, bias: Tensor) -> tuple[ctypes.c_int64, ...]:
+    expect_numbers(x=x, bias=bias)
     width = x.shape[-1]
+    expect(bias.shape == (width,), f"bias of shape {tuple(bias.shape)} does not fit rows of {width}; give ({width},)")
     return tuple(map(ctypes.c_int64, (x.numel() // max(1, width), width, torch.get_num_threads())))
 
 
 def _forward(x: Tensor, bias: Tensor) -> Tensor:
     x, bias = x.contiguous(), bias.contiguous()
     out = _forward_shapes(x, bias)
-    kernels().swinmoe_biased_gelu_forward(*_sizes(x), *map(address, (x, bias, out)))
+    finish(kernels().swinmoe_biased_gelu_forward(*_sizes(x, bias), *map(address, (x, bias, out))))
     return out
 
 
@@ -47,7 +51,8 @@ def _forward_shapes(x: Tensor, bias: Tensor) -> Tensor:
 def _backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     grad, x, bias = grad.contiguous(), x.contiguous(), bias.contiguous()
     grads = _backward_shapes(grad, x, bias)
-    kernels().swinmoe_biased_gelu_backward(*_sizes(x), *map(address, (grad, x, bias, *grads)))
+    expect_numbers(grad=grad)
+    finish(kernels().swinmoe_biased_gelu_backward(*_sizes(x, bias), *map(address, (grad, x, bias, *grads))))
     return grads
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("swinmoe", "FRAGMENT")
 
@@ -39,6 +40,51 @@ def differentiate(name: str, keep: Callable[..., None], back: Callable[..., Any]
 
     torch.library.register_autograd(f"swinmoe::{name}", back, setup_context=keep, lib=_LIBRARY)
     torch.library.register_autograd(f"swinmoe::{backward}", refuse, lib=_LIBRARY)
+
+
+def expect(holds: bool, what: str) -> None:
+    """A kernel sees addresses alone: what is not as it must be is refused before.
+
+    Raises:
+        ValueError: `holds` is false; `what` says what was given, and what is allowed.
+    """
+    if not holds:
+        raise ValueError(what)
+
+
+def expect_numbers(**tensors: Tensor | None) -> None:
+    """Each of these is None or float32 on a CPU.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name, t in tensors.items():
+        if t is not None and (t.dtype != torch.float32 or t.device.type != "cpu"):
+            raise ValueError(f"{name} is {t.dtype} on {t.device}; our kernels take float32 on a CPU alone")
+
+
+def finish(status: int) -> None:
+    """What a kernel returned.
+
+    Raises:
+        MemoryError: it had too little.
+    """
+    if status:
+        raise MemoryError(
+            "a kernel of swinmoe.native found no memory for its threads; use fewer of them, or smaller windows"
+        )
+
+
+def refuse_tangents(*given: Any) -> None:
+    """Forward-mode derivatives are not there, and would get lost without a word.
+
+    Raises:
+        NotImplementedError: an argument has one.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in given):
+        raise NotImplementedError("our kernels in C++ have no forward-mode derivatives; build the model without them")
 
 
 def address(t: Tensor | None) -> ctypes.c_void_p | None:

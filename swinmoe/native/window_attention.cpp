@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #if LANES == 16
@@ -28,6 +29,7 @@
 namespace {
 
 constexpr float kNormFloor = 1e-12f;
+constexpr int64_t kGathered = 64;  // windows whose bias gradients are summed in single precision
 constexpr int64_t kRowBytes = 128 * 1024;  // of the scores that are worked on together
 
 // ------------------------------------------------------------------------------------------------------------ products
@@ -86,12 +88,13 @@ void product(int64_t rows, int64_t cols, int64_t depth, const float* a, int64_t 
 #undef STRIPS
 }
 
-// (rows, cols) with rows of `from_row` -> (cols, rows) with rows of `to_row`. Block by block, for the caches' sake.
-void transpose(int64_t rows, int64_t cols, const float* from, int64_t from_row, float* to, int64_t to_row) {
+// (rows, cols) with rows of `from_row` -> `factor` times (cols, rows) with rows of `to_row`. Block by block, for the
+// caches' sake.
+void transpose(int64_t rows, int64_t cols, float factor, const float* from, int64_t from_row, float* to, int64_t to_row) {
   for (int64_t first = 0; first < rows; first += LANES) {
     const int64_t last = std::min(first + LANES, rows);
     for (int64_t c = 0; c < cols; c++)
-      for (int64_t r = first; r < last; r++) to[c * to_row + r] = from[r * from_row + c];
+      for (int64_t r = first; r < last; r++) to[c * to_row + r] = factor * from[r * from_row + c];
   }
 }
 
@@ -131,15 +134,16 @@ struct Call {
 // A thread's own memory, all of it vectors' worth, zero where padded.
 struct Room {
   int64_t area, wide, deep;  // N, N and d rounded up
-  float *q, *k, *v, *k_t, *v_t, *slope, *grad_q, *grad_k, *grad_v, *bias, *bias_grad, *scores, *slopes, *q_factor, *k_factor;
+  float *q, *k, *v, *k_t, *v_t, *slope, *grad_q, *grad_k, *grad_v, *bias, *bias_grad, *scores, *slopes, *q_inverse, *k_inverse, *part_sum;
   std::vector<int64_t> tokens;
 
   Room(const Call& call, bool backward) : area(call.area()), wide(up(area)), deep(up(call.depth)), tokens(area) {
     const int64_t flat = area * deep, turned = call.depth * wide, block = call.block_rows() * wide;
     const int64_t more = backward ? 1 : 0;
     static thread_local std::vector<float> memory;  // from call to call, or each would touch fresh pages
-    memory.assign((3 + 4 * more) * flat + (1 + more) * turned + (1 + more) * area * wide + (1 + more) * block + 2 * area + LANES,
-                  0.0f);
+    const int64_t size = (3 + 4 * more) * flat + (1 + more) * turned + (1 + more) * area * wide + (1 + more) * block + 2 * area + deep + LANES;
+    if ((int64_t)memory.capacity() > 2 * size + (1 << 20)) std::vector<float>().swap(memory);  // it was for far larger windows
+    memory.assign(size, 0.0f);
     float* at = memory.data();
     at += (LANES - (reinterpret_cast<uintptr_t>(at) / 4) % LANES) % LANES;
     auto take = [&at](int64_t n) { float* got = at; at += n; return got; };
@@ -148,7 +152,7 @@ struct Room {
       slope = take(flat), grad_q = take(flat), grad_k = take(flat), grad_v = take(flat);
       v_t = take(turned), bias_grad = take(area * wide), slopes = take(block);
     }
-    q_factor = take(area), k_factor = take(area);
+    q_inverse = take(area), k_inverse = take(area), part_sum = take(deep);
   }
 };
 
@@ -171,7 +175,7 @@ void cut(const Call& call, int64_t head, int64_t part, const Room& room, float* 
     if (depth == room.deep && bias)
       for (int64_t c = 0; c < depth; c += LANES) store(row + c, load(from + c) + load(bias + c));
     else
-      for (int64_t c = 0; c < depth; c++) row[c] = bias ? from[c] + bias[c] : from[c];
+      for (int64_t c = 0; c < room.deep; c++) row[c] = c >= depth ? 0.0f : bias ? from[c] + bias[c] : from[c];
   }
 }
 
@@ -185,29 +189,31 @@ inline void scale_row(float* row, float factor, int64_t n) {
   for (int64_t c = 0; c < n; c += LANES) store(row + c, load(row + c) * factor);
 }
 
-// Factors that make rows unit vectors, times `more`; the rows become so.
-void normalise(float* rows, float more, const Room& room, float* factors) {
+// Rows become unit vectors; `inverse`: what they were multiplied by.
+void normalise(float* rows, const Room& room, float* inverse) {
   for (int64_t i = 0; i < room.area; i++) {
     float* row = rows + i * room.deep;
-    factors[i] = more / std::max(std::sqrt(dot(row, row, room.deep)), kNormFloor);
-    scale_row(row, factors[i], room.deep);
+    inverse[i] = 1.0f / std::max(std::sqrt(dot(row, row, room.deep)), kNormFloor);
+    scale_row(row, inverse[i], room.deep);
   }
 }
 
-// Queries, keys and values as they are multiplied, and the keys' transpose.
+// What products of queries and keys are multiplied by.
+inline float temperature(const Call& call, int64_t head) {
+  return call.head_scale ? call.head_scale[head] : 1.0f / std::sqrt((float)call.depth);
+}
+
+// Queries, keys and values as they are multiplied, and the keys' transpose times the temperature.
 void prepare(const Call& call, int64_t window, int64_t head, Room& room) {
   call.place(window, room.tokens.data());
   cut(call, head, 0, room, room.q);
   cut(call, head, 1, room, room.k);
   cut(call, head, 2, room, room.v);
   if (call.head_scale) {
-    normalise(room.q, call.head_scale[head], room, room.q_factor);
-    normalise(room.k, 1.0f, room, room.k_factor);
-  } else {
-    const float alpha = 1.0f / std::sqrt((float)call.depth);
-    for (int64_t i = 0; i < room.area; i++) scale_row(room.q + i * room.deep, alpha, room.deep);
+    normalise(room.q, room, room.q_inverse);
+    normalise(room.k, room, room.k_inverse);
   }
-  transpose(room.area, call.depth, room.k, room.deep, room.k_t, room.wide);
+  transpose(room.area, call.depth, temperature(call, head), room.k, room.deep, room.k_t, room.wide);
 }
 
 // Scores of queries [first, first + rows): bias, mask and products.
@@ -272,23 +278,22 @@ void attend(const Call& call, int64_t window, int64_t head, Room& room, float* o
 
 // What a thread sums up over its units: gradients of the position bias, of qkv's bias and of the heads' scales.
 struct Sums {
-  std::vector<float> bias, qkv_bias, head_scale;
+  std::vector<double> bias, qkv_bias, head_scale;  // of many small numbers
 
   explicit Sums(const Call& call) : bias(call.heads * call.offsets), qkv_bias(3 * call.dim()), head_scale(call.heads) {}
 };
 
-// The gradient of a row of q or k, from that of factor * row, which is a unit vector times a scale. Returns the gradient
-// along that vector.
-inline float back_through_norm(float* grad, const float* row, float factor, float scale, int64_t n) {
-  const float inverse = 1.0f / scale, along = dot(grad, row, n) * inverse;
-  for (int64_t c = 0; c < n; c += LANES)
-    store(grad + c, (load(grad + c) - load(row + c) * (along * inverse)) * factor);
+// The gradient of a row of q or k, from that of its unit vector, times `factor`. Returns the gradient along that vector.
+inline float back_through_norm(float* grad, const float* unit, float factor, int64_t n) {
+  const float along = dot(grad, unit, n);
+  for (int64_t c = 0; c < n; c += LANES) store(grad + c, (load(grad + c) - load(unit + c) * along) * factor);
   return along;
 }
 
 void put_gradient(const Call& call, int64_t head, int64_t part, const Room& room, const float* from, float* grad, Sums& sums) {
   const int64_t depth = call.depth, at = (part * call.heads + head) * depth;
-  float* total = sums.qkv_bias.data() + at;
+  float* total = room.part_sum;
+  std::fill(total, total + room.deep, 0.0f);
   for (int64_t i = 0; i < room.area; i++) {
     float* to = grad + room.tokens[i] * 3 * call.dim() + at;
     const float* row = from + i * room.deep;
@@ -301,12 +306,13 @@ void put_gradient(const Call& call, int64_t head, int64_t part, const Room& room
       for (int64_t c = 0; c < depth; c++) to[c] = row[c], total[c] += row[c];
     }
   }
+  for (int64_t c = 0; c < depth; c++) sums.qkv_bias[at + c] += total[c];
 }
 
-void attend_backward(const Call& call, int64_t window, int64_t head, Room& room, const float* kept, const float* slope,
+void attend_backward(const Call& call, int64_t window, int64_t head, Room& room, const float* slope, const float* kept,
                      float* grad, Sums& sums) {
   prepare(call, window, head, room);
-  transpose(room.area, call.depth, room.v, room.deep, room.v_t, room.wide);
+  transpose(room.area, call.depth, 1.0f, room.v, room.deep, room.v_t, room.wide);
   for (int64_t i = 0; i < room.area; i++)
     std::memcpy(room.slope + i * room.deep, slope + room.tokens[i] * call.dim() + head * call.depth, 4 * call.depth);
   const int64_t step = call.block_rows();
@@ -339,19 +345,20 @@ void attend_backward(const Call& call, int64_t window, int64_t head, Room& room,
     product(room.area, room.deep, rows, room.scores, 1, room.wide, of_out, room.deep, grad_v, room.deep, room.grad_v,
             room.deep);
   }
-  if (call.head_scale) {
-    const float s = call.head_scale[head];
-    float along = 0;
-    for (int64_t i = 0; i < room.area; i++) {
-      const int64_t at = i * room.deep;
-      along += back_through_norm(room.grad_q + at, room.q + at, room.q_factor[i], s, room.deep);
-      back_through_norm(room.grad_k + at, room.k + at, room.k_factor[i], 1.0f, room.deep);
+  // So far as if scores were products of q and k alone.
+  const float heat = temperature(call, head);
+  float along = 0;
+  for (int64_t i = 0; i < room.area; i++) {
+    const int64_t at = i * room.deep;
+    if (call.head_scale) {
+      along += back_through_norm(room.grad_q + at, room.q + at, heat * room.q_inverse[i], room.deep);
+      back_through_norm(room.grad_k + at, room.k + at, heat * room.k_inverse[i], room.deep);
+    } else {
+      scale_row(room.grad_q + at, heat, room.deep);
+      scale_row(room.grad_k + at, heat, room.deep);
     }
-    sums.head_scale[head] += along;
-  } else {
-    const float alpha = 1.0f / std::sqrt((float)call.depth);
-    for (int64_t i = 0; i < room.area; i++) scale_row(room.grad_q + i * room.deep, alpha, room.deep);
   }
+  sums.head_scale[head] += along;
   put_gradient(call, head, 0, room, room.grad_q, grad, sums);
   put_gradient(call, head, 1, room, room.grad_k, grad, sums);
   put_gradient(call, head, 2, room, room.grad_v, grad, sums);
@@ -359,23 +366,36 @@ void attend_backward(const Call& call, int64_t window, int64_t head, Room& room,
 
 // The gradient of a head's position bias: from pairs to offsets.
 void gather_bias(const Call& call, int64_t head, Room& room, Sums& sums) {
-  float* of_head = sums.bias.data() + head * call.offsets;
+  double* of_head = sums.bias.data() + head * call.offsets;
   for (int64_t i = 0; i < room.area; i++)
     for (int64_t j = 0; j < room.area; j++) of_head[call.index[i * room.area + j]] += room.bias_grad[i * room.wide + j];
   std::memset(room.bias_grad, 0, 4 * room.area * room.wide);
 }
 
-// Units of a head follow each other, so that a thread spreads and gathers few heads' biases.
+// Units of a head follow each other, so that a thread spreads few heads' biases and seldom gathers.
 template <typename Work, typename Begin, typename End>
-void in_share(const Call& call, Work work, Begin begin_head, End end_head) {
+void in_share(const Call& call, Work work, Begin begin_head, End gather) {
   const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num(), windows = call.windows();
   const int64_t first = call.units() * thread / threads, last = call.units() * (thread + 1) / threads;
   for (int64_t unit = first; unit < last; unit++) {
     const int64_t head = unit / windows, window = unit % windows;
     if (unit == first || window == 0) begin_head(head);
     work(window, head);
-    if (unit == last - 1 || window == windows - 1) end_head(head);
+    if (unit == last - 1 || window == windows - 1 || window % kGathered == kGathered - 1) gather(head);
   }
+}
+
+// `work` on as many threads as have something to do; 0, or 1 if there was no memory for it.
+template <typename Work>
+int on_threads(const Call& call, Work work) {
+  int failed = 0;
+#pragma omp parallel num_threads(std::max<int64_t>(1, std::min(call.threads, call.units()))) reduction(| : failed)
+  try {
+    work();
+  } catch (const std::bad_alloc&) {
+    failed = 1;
+  }
+  return failed;
 }
 
 }  // namespace
@@ -383,9 +403,8 @@ void in_share(const Call& call, Work work, Begin begin_head, End end_head) {
 extern "C" {
 
 // out (B, H, W, h*d); kept (windows, h, N, 2): largest score and inverse sum of every row.
-void swinmoe_window_attention_forward(const Call* call, float* out, float* kept) {
-#pragma omp parallel num_threads(call->threads)
-  {
+int swinmoe_window_attention_forward(const Call* call, float* out, float* kept) {
+  return on_threads(*call, [&] {
     Room room(*call, false);
     in_share(
         *call,
@@ -393,36 +412,36 @@ void swinmoe_window_attention_forward(const Call* call, float* out, float* kept)
           attend(*call, window, head, room, out, kept + (window * call->heads + head) * room.area * 2);
         },
         [&](int64_t head) { spread_bias(*call, head, room); }, [](int64_t) {});
-  }
+  });
 }
 
 // slope: the gradient of out. Writes grad (B, H, W, 3*h*d), grad_qkv_bias (3*h*d), grad_bias (h, L), grad_head_scale (h).
-void swinmoe_window_attention_backward(const Call* call, const float* slope, const float* kept, float* grad,
-                                       float* grad_qkv_bias, float* grad_bias, float* grad_head_scale) {
-  std::vector<Sums> sums;
-#pragma omp parallel num_threads(call->threads)
-  {
-#pragma omp single
-    sums.assign(omp_get_num_threads(), Sums(*call));
+int swinmoe_window_attention_backward(const Call* call, const float* slope, const float* kept, float* grad,
+                                      float* grad_qkv_bias, float* grad_bias, float* grad_head_scale) try {
+  std::vector<Sums> sums(call->threads, Sums(*call));
+  const int failed = on_threads(*call, [&] {
     Room room(*call, true);
     Sums& own = sums[omp_get_thread_num()];
     in_share(
         *call,
         [&](int64_t window, int64_t head) {
-          attend_backward(*call, window, head, room, kept + (window * call->heads + head) * room.area * 2, slope, grad, own);
+          attend_backward(*call, window, head, room, slope, kept + (window * call->heads + head) * room.area * 2, grad, own);
         },
         [&](int64_t head) { spread_bias(*call, head, room); }, [&](int64_t head) { gather_bias(*call, head, room, own); });
-  }
-  auto add_up = [&sums](float* to, int64_t size, std::vector<float> Sums::*of) {
+  });
+  auto add_up = [&sums](float* to, int64_t size, std::vector<double> Sums::*of) {
     for (int64_t i = 0; i < size; i++) {
-      float total = 0;
+      double total = 0;
       for (const Sums& one : sums) total += (one.*of)[i];
-      to[i] = total;
+      to[i] = (float)total;
     }
   };
-  add_up(grad_bias, call->heads * call->offsets, &Sums::bias);
   add_up(grad_qkv_bias, 3 * call->dim(), &Sums::qkv_bias);
+  add_up(grad_bias, call->heads * call->offsets, &Sums::bias);
   add_up(grad_head_scale, call->heads, &Sums::head_scale);
+  return failed;
+} catch (const std::bad_alloc&) {
+  return 1;
 }
 
 }  // extern "C"

@@ -236,7 +236,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--attention", choices=("auto", "explicit", "sdpa"), default="auto")
+    parser.add_argument("--attention", choices=("auto", "native", "explicit", "sdpa"), default="auto")
     args = parser.parse_args(words)
     measure_step(args) if args.what == "step" else measure_ranks(args)
 
