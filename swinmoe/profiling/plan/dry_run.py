@@ -114,7 +114,12 @@ def dry_run(run: RunConfig, hardware: Hardware, world: int) -> DryRun:
 
 def _without_values(run: RunConfig, hardware: Hardware, world: int) -> tuple[RunConfig, list[str]]:
     """The config with everything that depends on values put aside, and what that is."""
-    plain: dict[str, Any] = {"precision": "fp32", "ema_decay": None, "offload_activations": False}
+    plain: dict[str, Any] = {
+        "precision": "fp32",
+        "ema_decay": None,
+        "offload_activations": False,
+        "native_kernels": False,
+    }
     over: dict[str, Any] = {"train": plain, "parallel": {}}
     changes = [f"train.{key}={getattr(run.train, key)}" for key in plain if getattr(run.train, key) != plain[key]]
     moe = run.model.moe

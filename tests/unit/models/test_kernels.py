@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -141,20 +142,54 @@ def test_not_taken_where_numbers_are_others(calls: list[str]) -> None:
     assert calls == []
 
 
-def test_not_taken_where_somebody_watches_or_drops(calls: list[str]) -> None:
+def watch_all(_: nn.Module) -> object:
+    return nn.modules.module.register_module_forward_hook(lambda *_: None)
+
+
+def replace_forward(layer: nn.Module) -> None:
+    layer.forward = layer.forward  # as those do who wrap it
+
+
+@pytest.mark.parametrize(
+    ("watch", "left"),
+    [
+        (lambda layer: layer.register_forward_hook(lambda *_: None), 5),
+        (lambda layer: layer.register_full_backward_hook(lambda *_: None), 5),
+        (replace_forward, 5),
+        (watch_all, 0),
+    ],
+)
+def test_a_layer_that_is_watched_is_called(watch: Callable[[nn.Module], Any], left: int, calls: list[str]) -> None:
+    model = model_of("v1")
+    use_native_kernels(model)
+    handle = watch(model.layers[0].blocks[0].mlp.fc1)
+    try:
+        outcome(model)
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert calls.count("biased_gelu") == left
+
+
+def test_not_taken_where_weights_are_dropped_or_windows_in_chunks(calls: list[str]) -> None:
     model = model_of("v1", attn_drop_rate=0.1)
     use_native_kernels(model)
-    block = model.layers[0].blocks[0]
-    block.mlp.fc1.register_forward_hook(lambda *_: None)
     outcome(model)
-    assert calls.count("window_attention") == 0 and calls.count("biased_gelu") == 5
-    calls.clear()
+    assert calls.count("window_attention") == 0
     model.eval()(IMAGES.float())  # nothing is dropped
     assert calls.count("window_attention") == 6
     calls.clear()
     model.set_attention_chunks(2)
     model(IMAGES.float())
     assert calls.count("window_attention") == 0
+
+
+def test_not_taken_where_a_trace_is_made(calls: list[str]) -> None:
+    """It may be loaded where there is no swinmoe."""
+    layer = mlp.Mlp(4, 8)
+    use_native_kernels(layer)
+    torch.jit.trace(layer.eval(), torch.randn(2, 4), check_trace=False)
+    assert calls == []
 
 
 def test_copies_take_them_too(calls: list[str]) -> None:

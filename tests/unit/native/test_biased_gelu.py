@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from swinmoe.native import biased_gelu
 
@@ -61,3 +62,29 @@ def test_second_derivatives_are_refused() -> None:
     (grad,) = torch.autograd.grad(biased_gelu(x, bias).square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="native=False"):
         grad.sum().backward()
+
+
+def test_sums_over_many_rows_keep_their_digits() -> None:
+    x, bias, slope = torch.randn(300_000, 3), torch.zeros(3, requires_grad=True), torch.rand(300_000, 3)
+    x.requires_grad_()
+    grad_x, grad_bias = torch.autograd.grad(biased_gelu(x, bias), [x, bias], slope)
+    torch.testing.assert_close(grad_bias.double(), grad_x.double().sum(0), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("x", "bias", "message"),
+    [
+        (torch.randn(3, 5, dtype=torch.float64), torch.randn(5), "x is torch.float64"),
+        (torch.randn(3, 5), torch.randn(5).bfloat16(), "bias is torch.bfloat16"),
+        (torch.randn(3, 5), torch.randn(1), r"bias of shape \(1,\) does not fit rows of 5"),
+    ],
+)
+def test_what_does_not_fit_is_refused(x: torch.Tensor, bias: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        biased_gelu(x, bias)
+
+
+def test_forward_mode_derivatives_are_refused() -> None:
+    x = torch.randn(3, 5)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        biased_gelu(forward_ad.make_dual(x, torch.ones_like(x)), torch.randn(5))

@@ -63,6 +63,21 @@ def test_what_does_not_load_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         build.kernels()
 
 
+@pytest.mark.parametrize("does", ["exit 0", "kill -9 $$"])
+def test_a_compiler_that_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
+    monkeypatch.setenv("CXX", compiler_that(tmp_path, does))
+    with pytest.raises(BackendUnavailableError, match="does not compile our kernels"):
+        build.kernels()
+
+
+def test_what_is_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = compiler_that(tmp_path, "")
+    Path(path).write_bytes(b"\x00\x01")
+    monkeypatch.setenv("CXX", path)
+    with pytest.raises(BackendUnavailableError, match="does not compile our kernels"):
+        build.kernels()
+
+
 def test_another_compiler_makes_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = set()
     for version in ("a", "b"):
@@ -77,3 +92,23 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     folder = build._folder()
     assert folder.is_dir() and tmp_path not in folder.parents
+
+
+def test_a_cache_that_others_may_write_to_is_not_trusted(tmp_path: Path) -> None:
+    """What lies there would be run."""
+    cache = tmp_path / "cache" / "swinmoe"
+    cache.mkdir(parents=True)
+    cache.chmod(0o777)
+    assert build._folder() != cache
+    build._folder.cache_clear()
+    cache.chmod(0o700)
+    assert build._folder() == cache
+
+
+def test_nobody_knows_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert build._folder().is_dir()

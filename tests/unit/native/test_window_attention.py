@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from swinmoe.config import StyleConfig
 from swinmoe.models.attention import AttentionImpl, WindowAttention, WindowTables
@@ -145,12 +147,91 @@ def test_the_same_twice() -> None:
 
 
 @pytest.mark.parametrize("part", range(3))
-def test_what_is_no_number_stays_none(part: int) -> None:
-    """Of a query, a key or a value: a loss must not look finite when activations are not."""
-    qkv, *rest = arguments("dot, table")
-    qkv[0, 3, 3, 8 * part + 1] = float("nan")
+@pytest.mark.parametrize("style", STYLES)
+def test_what_is_no_number_stays_none_and_stays_at_home(style: str, part: int) -> None:
+    """Of a query, a key or a value of one image: a loss must not look finite, nor other images be lost."""
+    qkv, *rest = arguments(style)
+    qkv = qkv.repeat(3, 1, 1, 1)
+    qkv[1, 3, 3, 8 * part + 1] = float("nan")
+    qkv.requires_grad_()
     y = window_attention(qkv, *rest)
-    assert y.isnan().any() and not y.isnan().all()
+    (grad,) = torch.autograd.grad(y[0].sum() + y[2].sum(), qkv)
+    assert y[1].isnan().any() and not y[1].isnan().all()
+    assert y[[0, 2]].isfinite().all() and grad[[0, 2]].isfinite().all()
+
+
+def test_a_vanishing_temperature_has_finite_gradients() -> None:
+    given = list(arguments(grads=True))
+    given[3] = torch.tensor([0.0, 1e-40], requires_grad=True)
+    y = window_attention(*given)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(y.square().sum(), given[:4]))
+
+
+def test_sums_over_many_windows_keep_their_digits() -> None:
+    """Of a bias's gradient over 16,000 windows, all of one sign."""
+    index, window, depth = relative_index((2, 2), (2, 2)), (2, 2), 4
+    qkv = torch.randn(64, 32, 32, 3 * depth)
+    bias = torch.zeros(1, 9)
+    qkv_bias = torch.zeros(3 * depth)
+    slope = torch.rand(64, 32, 32, depth)
+    qkv, bias, qkv_bias = (t.requires_grad_() for t in (qkv, bias, qkv_bias))
+    y = window_attention(qkv, qkv_bias, bias, None, index, None, window, (0, 0))
+    grads = torch.autograd.grad(y, [qkv, qkv_bias], slope)
+    exact = grads[0].double().sum((0, 1, 2))
+    # Of values alone: gradients of queries and keys cancel.
+    torch.testing.assert_close(grads[1].double()[8:], exact[8:], rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("place", "other", "message"),
+    [
+        (0, lambda t: t.double(), "qkv is torch.float64"),
+        (2, lambda t: t.bfloat16(), "bias is torch.bfloat16"),
+        (1, lambda t: t[:1], "qkv_bias is .*must be torch.float32 of shape"),
+        (3, lambda t: t[:1], "head_scale is .*must be"),
+        (4, lambda t: t.int(), "index is .*must be torch.int64"),
+        (5, lambda t: t[:1], "mask is .*must be torch.bool"),
+        (6, lambda _: (3, 3), "windows of 3x3 do not divide a map of 8x8"),
+        (7, lambda _: (0, -1), r"a shift by \(0, -1\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(place: int, other: Callable[[Any], Any], message: str) -> None:
+    given = list(arguments())
+    given[place] = other(given[place])
+    with pytest.raises(ValueError, match=message):
+        window_attention(*given)
+
+
+def test_forward_mode_derivatives_are_refused() -> None:
+    """Rather than lost: an operator without them passes values alone."""
+    qkv, *rest = arguments()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        window_attention(forward_ad.make_dual(qkv, torch.ones_like(qkv)), *rest)
+
+
+def test_too_little_memory_is_an_error_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def swinmoe_window_attention_forward(self, *_: Any) -> int:
+            return 1
+
+    monkeypatch.setattr("swinmoe.native.attention.kernels", Full)
+    with pytest.raises(MemoryError, match="no memory for its threads"):
+        window_attention(*arguments())
+
+
+def test_flops_are_counted() -> None:
+    """As those of attention written out, whose scores are not made twice."""
+    layer, tables = layer_and_tables("dot, table", (8, 12), (4, 4), 12, 3, True)
+    x, counted = torch.randn(2, 8, 12, 12), {}
+    for impl in ("explicit", "native"):
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            layer.attention_impl = impl
+            layer(x, tables)
+        with FlopCounterMode(display=False) as both:
+            layer(x.clone().requires_grad_(), tables).sum().backward()
+        counted[impl] = (forward.get_total_flops(), both.get_total_flops())
+    scores = 2 * 2 * 96 * 16 * 12
+    assert counted["native"] == (counted["explicit"][0], counted["explicit"][1] + scores)
 
 
 def test_a_window_far_from_zero_and_hidden_pairs_underflow_to_nothing() -> None:
