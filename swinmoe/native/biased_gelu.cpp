@@ -2,9 +2,9 @@
 //
 // Shapes: n rows of width F; bias (F,).
 //
-// Phi(-|y|) = exp(-y^2/2) t P(t) / 2 with t = 1/(1 + p |y|/sqrt(2)). The polynomial P was fitted by us to exp(z^2) erfc(z)
-// over z in [0, 9.4], to a relative error of 1.2e-8, so that small values far left have all their digits; the form is
-// Hastings' (Abramowitz & Stegun 7.1.26). The density needs the same exponential.
+// Phi(-|y|) = exp(-y^2/2) t P(t) / 2 with t = 1/(1 + p |y|/sqrt(2)). The polynomial P was fitted by us to
+// exp(z^2) erfc(z) over z in [0, 9.4], to a relative error of 1.2e-8, so that small values far left have all their
+// digits; the form is Hastings' (Abramowitz & Stegun 7.1.26). The density needs the same exponential.
 
 #include "vectors.h"
 
@@ -75,7 +75,8 @@ int swinmoe_biased_gelu_forward(int64_t rows, int64_t width, int64_t threads, co
 int swinmoe_biased_gelu_backward(int64_t rows, int64_t width, int64_t threads, const float* grad, const float* x,
                                  const float* bias, float* grad_x, float* grad_bias) try {
   const int64_t whole = width / LANES * LANES, rest = width - whole;
-  const int64_t blocks = threads * ((rows + threads * kTogether - 1) / (threads * kTogether));  // as many for each thread
+  // As many for each thread.
+  const int64_t blocks = threads * ((rows + threads * kTogether - 1) / (threads * kTogether));
   std::vector<std::vector<double>> sums(threads, std::vector<double>(width));
   std::vector<std::vector<float>> of_blocks(threads, std::vector<float>(whole + LANES));
 #pragma omp parallel num_threads(threads)

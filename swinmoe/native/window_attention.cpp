@@ -90,7 +90,8 @@ void product(int64_t rows, int64_t cols, int64_t depth, const float* a, int64_t 
 
 // (rows, cols) with rows of `from_row` -> `factor` times (cols, rows) with rows of `to_row`. Block by block, for the
 // caches' sake.
-void transpose(int64_t rows, int64_t cols, float factor, const float* from, int64_t from_row, float* to, int64_t to_row) {
+void transpose(int64_t rows, int64_t cols, float factor, const float* from, int64_t from_row, float* to,
+               int64_t to_row) {
   for (int64_t first = 0; first < rows; first += LANES) {
     const int64_t last = std::min(first + LANES, rows);
     for (int64_t c = 0; c < cols; c++)
@@ -134,23 +135,28 @@ struct Call {
 // A thread's own memory, all of it vectors' worth, zero where padded.
 struct Room {
   int64_t area, wide, deep;  // N, N and d rounded up
-  float *q, *k, *v, *k_t, *v_t, *slope, *grad_q, *grad_k, *grad_v, *bias, *bias_grad, *scores, *slopes, *q_inverse, *k_inverse, *part_sum;
+  float *q, *k, *v, *slope, *grad_q, *grad_k, *grad_v;  // (N, deep)
+  float *k_t, *v_t;                                     // (d, wide)
+  float *bias, *bias_grad;                              // (N, wide)
+  float *scores, *slopes;                               // (rows of a block, wide)
+  float *q_inverse, *k_inverse;                         // (N)
+  float* part_sum;                                      // (deep)
   std::vector<int64_t> tokens;
 
   Room(const Call& call, bool backward) : area(call.area()), wide(up(area)), deep(up(call.depth)), tokens(area) {
-    const int64_t flat = area * deep, turned = call.depth * wide, block = call.block_rows() * wide;
-    const int64_t more = backward ? 1 : 0;
+    const int64_t flat = area * deep, turned = call.depth * wide, pairs = area * wide, block = call.block_rows() * wide;
+    const int64_t both = turned + pairs + block;  // what the backward pass has twice
+    const int64_t size = (backward ? 7 * flat + 2 * both : 3 * flat + both) + 2 * area + deep + LANES;
     static thread_local std::vector<float> memory;  // from call to call, or each would touch fresh pages
-    const int64_t size = (3 + 4 * more) * flat + (1 + more) * turned + (1 + more) * area * wide + (1 + more) * block + 2 * area + deep + LANES;
-    if ((int64_t)memory.capacity() > 2 * size + (1 << 20)) std::vector<float>().swap(memory);  // it was for far larger windows
+    if ((int64_t)memory.capacity() > 2 * size + (1 << 20)) std::vector<float>().swap(memory);  // of far larger windows
     memory.assign(size, 0.0f);
     float* at = memory.data();
     at += (LANES - (reinterpret_cast<uintptr_t>(at) / 4) % LANES) % LANES;
     auto take = [&at](int64_t n) { float* got = at; at += n; return got; };
-    q = take(flat), k = take(flat), v = take(flat), k_t = take(turned), bias = take(area * wide), scores = take(block);
+    q = take(flat), k = take(flat), v = take(flat), k_t = take(turned), bias = take(pairs), scores = take(block);
     if (backward) {
       slope = take(flat), grad_q = take(flat), grad_k = take(flat), grad_v = take(flat);
-      v_t = take(turned), bias_grad = take(area * wide), slopes = take(block);
+      v_t = take(turned), bias_grad = take(pairs), slopes = take(block);
     }
     q_inverse = take(area), k_inverse = take(area), part_sum = take(deep);
   }
@@ -283,14 +289,15 @@ struct Sums {
   explicit Sums(const Call& call) : bias(call.heads * call.offsets), qkv_bias(3 * call.dim()), head_scale(call.heads) {}
 };
 
-// The gradient of a row of q or k, from that of its unit vector, times `factor`. Returns the gradient along that vector.
+// The gradient of a row of q or k, from that of its unit vector, times `factor`. Returns what points along that vector.
 inline float back_through_norm(float* grad, const float* unit, float factor, int64_t n) {
   const float along = dot(grad, unit, n);
   for (int64_t c = 0; c < n; c += LANES) store(grad + c, (load(grad + c) - load(unit + c) * along) * factor);
   return along;
 }
 
-void put_gradient(const Call& call, int64_t head, int64_t part, const Room& room, const float* from, float* grad, Sums& sums) {
+void put_gradient(const Call& call, int64_t head, int64_t part, const Room& room, const float* from, float* grad,
+                  Sums& sums) {
   const int64_t depth = call.depth, at = (part * call.heads + head) * depth;
   float* total = room.part_sum;
   std::fill(total, total + room.deep, 0.0f);
@@ -341,7 +348,8 @@ void attend_backward(const Call& call, int64_t window, int64_t head, Room& room,
     product(rows, room.deep, room.area, room.slopes, room.wide, 1, room.k, room.deep, nullptr, 0,
             room.grad_q + first * room.deep, room.deep);
     const float *grad_k = first ? room.grad_k : nullptr, *grad_v = first ? room.grad_v : nullptr;
-    product(room.area, room.deep, rows, room.slopes, 1, room.wide, q, room.deep, grad_k, room.deep, room.grad_k, room.deep);
+    product(room.area, room.deep, rows, room.slopes, 1, room.wide, q, room.deep, grad_k, room.deep, room.grad_k,
+            room.deep);
     product(room.area, room.deep, rows, room.scores, 1, room.wide, of_out, room.deep, grad_v, room.deep, room.grad_v,
             room.deep);
   }
@@ -415,7 +423,8 @@ int swinmoe_window_attention_forward(const Call* call, float* out, float* kept) 
   });
 }
 
-// slope: the gradient of out. Writes grad (B, H, W, 3*h*d), grad_qkv_bias (3*h*d), grad_bias (h, L), grad_head_scale (h).
+// slope: the gradient of out. Writes grad (B, H, W, 3*h*d), grad_qkv_bias (3*h*d), grad_bias (h, L) and
+// grad_head_scale (h).
 int swinmoe_window_attention_backward(const Call* call, const float* slope, const float* kept, float* grad,
                                       float* grad_qkv_bias, float* grad_bias, float* grad_head_scale) try {
   std::vector<Sums> sums(call->threads, Sums(*call));
@@ -425,9 +434,11 @@ int swinmoe_window_attention_backward(const Call* call, const float* slope, cons
     in_share(
         *call,
         [&](int64_t window, int64_t head) {
-          attend_backward(*call, window, head, room, slope, kept + (window * call->heads + head) * room.area * 2, grad, own);
+          const float* of_unit = kept + (window * call->heads + head) * room.area * 2;
+          attend_backward(*call, window, head, room, slope, of_unit, grad, own);
         },
-        [&](int64_t head) { spread_bias(*call, head, room); }, [&](int64_t head) { gather_bias(*call, head, room, own); });
+        [&](int64_t head) { spread_bias(*call, head, room); },
+        [&](int64_t head) { gather_bias(*call, head, room, own); });
   });
   auto add_up = [&sums](float* to, int64_t size, std::vector<double> Sums::*of) {
     for (int64_t i = 0; i < size; i++) {
