@@ -21,15 +21,13 @@ import torch
 from torch import Tensor
 
 from swinmoe.models.windows import WindowGrid
+from swinmoe.native.operators import define, differentiate
 
 BLOCK_BYTES = 4 * 2**20
 """Size up to which the scores of several windows come in one block."""
 
 _NORM_FLOOR = 1e-12
-_NO_SECOND = (
-    "attention in blocks has no second derivatives (create_graph=True was given); "
-    "set attention_impl='explicit' on the model's attention layers, which has them"
-)
+_ADVICE = "set attention_impl='explicit' on the model's attention layers, which has them"
 
 
 def blocked_attention(
@@ -314,7 +312,9 @@ class _BlockedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         # Not `once_differentiable`: `autograd.grad` walks past its error to inputs that have other ways.
         if torch.is_grad_enabled():
-            raise NotImplementedError(_NO_SECOND)
+            raise NotImplementedError(
+                f"attention in blocks has no second derivatives (create_graph=True was given); {_ADVICE}"
+            )
         *kept, head_scale, index = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:3]
         grads = _backward(grad, _Kept(*kept), head_scale, index, ctx.offsets, ctx.window, wanted)
@@ -322,16 +322,6 @@ class _BlockedAttention(torch.autograd.Function):
 
 
 # ----------------------------------------------------------------------------------- an operator, for `torch.compile`
-
-_LIBRARY = torch.library.Library("swinmoe", "FRAGMENT")
-_LIBRARY.define(
-    "blocked_attention(Tensor qkv, Tensor? qkv_bias, Tensor bias, Tensor? head_scale, Tensor index, Tensor? mask,"
-    " int[] window, float? mask_value, bool training) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "blocked_attention_backward(Tensor grad, Tensor weights, Tensor used, Tensor norms, Tensor? head_scale,"
-    " Tensor index, int[] offsets, int[] window, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)"
-)
 
 
 def _operator(*given: Any) -> tuple[Tensor, ...]:
@@ -386,15 +376,18 @@ def _back(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...
     return *(g if too else None for g, too in zip(grads, wanted, strict=True)), None, None, None, None, None
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(_NO_SECOND)
-
-
-for _name, _kernel, _shapes in (
-    ("blocked_attention", _operator, _operator_shapes),
-    ("blocked_attention_backward", _operator_backward, _operator_backward_shapes),
-):
-    _LIBRARY.impl(_name, _kernel, "CPU")
-    torch.library.register_fake(f"swinmoe::{_name}", _shapes, lib=_LIBRARY)
-torch.library.register_autograd("swinmoe::blocked_attention", _back, setup_context=_keep, lib=_LIBRARY)
-torch.library.register_autograd("swinmoe::blocked_attention_backward", _refuse, lib=_LIBRARY)
+define(
+    "blocked_attention",
+    "(Tensor qkv, Tensor? qkv_bias, Tensor bias, Tensor? head_scale, Tensor index, Tensor? mask, int[] window,"
+    " float? mask_value, bool training) -> (Tensor, Tensor, Tensor, Tensor)",
+    _operator,
+    _operator_shapes,
+)
+define(
+    "blocked_attention_backward",
+    "(Tensor grad, Tensor weights, Tensor used, Tensor norms, Tensor? head_scale, Tensor index, int[] offsets,"
+    " int[] window, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    _operator_backward,
+    _operator_backward_shapes,
+)
+differentiate("blocked_attention", _keep, _back, "blocked_attention_backward", _ADVICE)

@@ -72,13 +72,18 @@ def assert_near(got: list[Tensor], expected: list[Tensor]) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the kernels, each time one is called from a module."""
     called: list[str] = []
-    for module, name in ((attention, "window_attention"), (mlp, "biased_gelu")):
 
-        def spy(*given: object, _original: object = getattr(module, name), _name: str = name) -> object:
-            called.append(_name)
-            return _original(*given)  # type: ignore[operator]
+    def watch(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def spy(*given: Any) -> Any:
+            called.append(name)
+            return original(*given)
 
         monkeypatch.setattr(module, name, spy)
+
+    watch(attention, "window_attention")
+    watch(mlp, "biased_gelu")
     return called
 
 
