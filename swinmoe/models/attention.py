@@ -109,7 +109,7 @@ class WindowAttention(nn.Module):
             self.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
 
     def _attend(self, x: Tensor, tables: WindowTables) -> Tensor:
-        """Attention on a padded and shifted map."""
+        """Attention on a padded map, already shifted where it has to be."""
         bias, qkv_bias = self.offset_bias(tables), self._qkv_bias()
         if self._native(x):
             given = (F.linear(x, self.qkv.weight), qkv_bias, bias, self._head_scale(), tables.index, tables.mask)

@@ -106,8 +106,8 @@ def _check(
         ("index", index, (area * area,), torch.int64),
         ("mask", mask, (count, area, area), torch.bool),
     ):
-        told = t is None or (tuple(t.shape) == shape and t.dtype == dtype)
-        expect(told, f"{name} is {t is not None and (t.dtype, tuple(t.shape))}; it must be {dtype} of shape {shape}")
+        fits = t is None or (tuple(t.shape) == shape and t.dtype == dtype)
+        expect(fits, f"{name} is {t is not None and (t.dtype, tuple(t.shape))}; it must be {dtype} of shape {shape}")
 
 
 def _forward(*given: Any) -> tuple[Tensor, Tensor]:
