@@ -1,8 +1,11 @@
-"""The smallest sparse Swin that the digits make sense for, for tests of whole runs; each adds keys of its own."""
+"""Small models that several test files share; each adds keys of its own. The first is the smallest sparse Swin that the
+digits make sense for."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from swinmoe.config import ModelConfig
 
 MICRO: dict[str, Any] = {
     "preset": "swin_moe_micro",
@@ -27,3 +30,20 @@ UNBALANCED: dict[str, Any] = {
     },
 }
 """One whose experts' loads differ, so that capacity matters."""
+
+
+def two_stages(style: str, side: int, **over: Any) -> ModelConfig:
+    """Four blocks and two, some shifted where the map has several windows; stochastic depth."""
+    return ModelConfig(
+        style=style,
+        img_size=(side, side),
+        patch_size=(2, 2),
+        embed_dim=8,
+        depths=(4, 2),
+        num_heads=(1, 2),
+        window_size=(4, 4),
+        num_classes=3,
+        res_post_norm_init=0.5,
+        drop_path_rate=0.3,
+        **over,
+    )

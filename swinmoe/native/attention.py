@@ -18,7 +18,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from swinmoe.native.build import kernels
-from swinmoe.native.operators import address, define, differentiate, expect, expect_numbers, finish, refuse_tangents
+from swinmoe.native.operators import (
+    WITHOUT_KERNELS,
+    address,
+    define,
+    differentiate,
+    expect,
+    expect_numbers,
+    finish,
+    refuse_tangents,
+)
 
 
 def window_attention(
@@ -168,7 +177,7 @@ differentiate(
     _keep,
     _back,
     "window_attention_backward",
-    "set attention_impl='explicit' on the model's attention layers, which has them",
+    WITHOUT_KERNELS,
 )
 
 

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from swinmoe.native.build import kernels
-from swinmoe.native.operators import address, define, differentiate, expect, expect_numbers, finish, refuse_tangents
+from swinmoe.native.operators import (
+    WITHOUT_KERNELS,
+    address,
+    define,
+    differentiate,
+    expect,
+    expect_numbers,
+    finish,
+    refuse_tangents,
+)
 
 
 def biased_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -70,6 +79,4 @@ def _back(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 define("biased_gelu", "(Tensor x, Tensor bias) -> Tensor", _forward, _forward_shapes)
 define("biased_gelu_backward", "(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)", _backward, _backward_shapes)
-differentiate(
-    "biased_gelu", _keep, _back, "biased_gelu_backward", "set native=False on the model's MLPs, which then have them"
-)
+differentiate("biased_gelu", _keep, _back, "biased_gelu_backward", WITHOUT_KERNELS)

@@ -12,6 +12,11 @@ from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("swinmoe", "FRAGMENT")
 
+WITHOUT_KERNELS = (
+    "set attention_impl='explicit' on the model's attention layers and native=False on its MLPs, which then have them"
+)
+"""What to do for derivatives that the kernels do not have: a model takes both or neither."""
+
 
 def define(name: str, schema: str, kernel: Callable[..., Any], shapes: Callable[..., Any]) -> None:
     """The operator `swinmoe::name` on CPUs.
@@ -84,7 +89,7 @@ def refuse_tangents(*given: Any) -> None:
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in given):
-        raise NotImplementedError("our kernels in C++ have no forward-mode derivatives; build the model without them")
+        raise NotImplementedError(f"our kernels in C++ have no forward-mode derivatives; {WITHOUT_KERNELS}")
 
 
 def address(t: Tensor | None) -> ctypes.c_void_p | None:

@@ -259,6 +259,17 @@ def test_native_kernels_train_as_torch_does(tmp_path: Path) -> None:
         torch.testing.assert_close(_model(folder)[name], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.usefixtures("native_kernels")
+@pytest.mark.parametrize(("precision", "vain"), [("fp32", False), ("fp64", True)])
+def test_native_kernels_are_announced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str, vain: bool
+) -> None:
+    train(_run(tmp_path, train={"steps": 1, "native_kernels": True, "precision": precision}))
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "takes our kernels in C++ for attention and dense MLPs" in said
+    assert ("in vain: they are fp32 alone, and train.precision=fp64" in said) is vain
+
+
 def test_native_kernels_without_a_compiler_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     native_build.kernels.cache_clear()

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from micro import two_stages
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 
-from swinmoe.config import BalanceLossConfig, CapacityConfig, CapacityPolicy, ModelConfig, MoEConfig, RouterConfig
+from swinmoe.config import BalanceLossConfig, CapacityConfig, CapacityPolicy, MoEConfig, RouterConfig
 from swinmoe.models import SwinTransformer, build_model, compile_blocks
 from swinmoe.models.layers import project
 
@@ -40,20 +41,7 @@ def _fresh() -> Iterator[None]:
 
 
 def model_of(style: str, **over: Any) -> SwinTransformer:
-    cfg = ModelConfig(
-        style=style,
-        img_size=(16, 16),
-        patch_size=(2, 2),
-        embed_dim=8,
-        depths=(4, 2),
-        num_heads=(1, 2),
-        window_size=(4, 4),
-        num_classes=3,
-        res_post_norm_init=0.5,
-        drop_path_rate=0.3,
-        **over,
-    )
-    return build_model(cfg, dtype=torch.float64).train()
+    return build_model(two_stages(style, 16, **over), dtype=torch.float64).train()
 
 
 class Counting:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from micro import two_stages
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from swinmoe.config import ModelConfig, MoEConfig
+from swinmoe.config import MoEConfig
 from swinmoe.errors import BackendUnavailableError
 from swinmoe.models import SwinTransformer, attention, build_model, compile_blocks, mlp, use_native_kernels
 from swinmoe.models.compile import Compiled
@@ -33,20 +35,7 @@ def _fresh() -> Iterator[None]:
 
 
 def model_of(style: str, dtype: torch.dtype = torch.float32, **over: object) -> SwinTransformer:
-    cfg = ModelConfig(
-        style=style,
-        img_size=(20, 20),
-        patch_size=(2, 2),
-        embed_dim=8,
-        depths=(4, 2),
-        num_heads=(1, 2),
-        window_size=(4, 4),
-        num_classes=3,
-        res_post_norm_init=0.5,
-        drop_path_rate=0.3,
-        **over,
-    )
-    return build_model(cfg, dtype=dtype).train()
+    return build_model(two_stages(style, 20, **over), dtype=dtype).train()
 
 
 def outcome(model: SwinTransformer) -> list[Tensor]:
@@ -195,6 +184,32 @@ def test_not_taken_where_a_trace_is_made(calls: list[str]) -> None:
     use_native_kernels(layer)
     torch.jit.trace(layer.eval(), torch.randn(2, 4), check_trace=False)
     assert calls == []
+
+
+def test_what_refusals_advise_works() -> None:
+    """Second and forward-mode derivatives of a whole model, after one reading of either message."""
+    model, x = model_of("v2").eval(), IMAGES.float()
+    use_native_kernels(model)
+
+    def second() -> Tensor:
+        y = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(model(y).logits.sum(), y, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), y)[0]
+
+    def forward() -> Tensor | None:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x))).logits).tangent
+
+    advice = r"attention_impl='explicit' on .* and native=False on its MLPs"
+    for derivative in (second, forward):
+        with pytest.raises(NotImplementedError, match=advice):
+            derivative()
+    model.set_attention_impl("explicit")
+    for module in model.modules():
+        if isinstance(module, mlp.Mlp):
+            module.native = False
+    assert second().any()
+    assert forward() is not None
 
 
 def test_copies_take_them_too(calls: list[str]) -> None:
