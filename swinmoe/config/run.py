@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from swinmoe.config.checks import (
     Range,
@@ -174,6 +176,11 @@ class ScheduleConfig:
         )
 
 
+def _which_kernels(given: object) -> object:
+    """Yes and no are all and none, as checkpoints have it that were written when these were the choices."""
+    return {True: "all", False: "none"}[given] if isinstance(given, bool) else given
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Length and manner of training. Batches are counted globally, over all ranks and micro-batches."""
@@ -195,9 +202,10 @@ class TrainConfig:
     """What the backward pass needs waits for it in the host's memory (pinned, for a GPU); weights stay."""
     compile: bool = False
     """Blocks are compiled by `torch.compile`: minutes at the start, faster steps. See `models.compile_blocks`."""
-    native_kernels: bool = False
-    """On a CPU: attention and dense MLPs by our kernels in C++, in fp32; seconds of a C++ compiler, the first time.
-    `compile` takes them anyway, where there is a compiler for them. See `models.use_native_kernels`."""
+    native_kernels: Annotated[Literal["none", "experts", "all"], BeforeValidator(_which_kernels)] = "experts"
+    """What our kernels in C++ compute on a CPU, in fp32; seconds of a C++ compiler, the first time. `experts`: experts'
+    MLPs, where there is a compiler. `all`: attention and dense MLPs too, and no compiler is an error. `compile` takes
+    those of attention and dense MLPs anyway, where it can. See `models.use_native_kernels`."""
     eval_every_epochs: float | None = 1
     """None = at the end only."""
     dead_expert_window: int = 100

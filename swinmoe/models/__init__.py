@@ -2,7 +2,7 @@
 
 from swinmoe.models.build import build_model, create_model
 from swinmoe.models.compile import Compiled, compile_blocks
-from swinmoe.models.kernels import use_native_kernels
+from swinmoe.models.kernels import leave_native_kernels, use_native_kernels
 from swinmoe.models.swin import SwinOutput, SwinTransformer
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "build_model",
     "compile_blocks",
     "create_model",
+    "leave_native_kernels",
     "use_native_kernels",
 ]

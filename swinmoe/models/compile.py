@@ -70,7 +70,7 @@ def compile_blocks(
         )
     no_kernels = None
     try:
-        use_native_kernels(model)
+        use_native_kernels(model, experts=False)
     except BackendUnavailableError as error:
         no_kernels = str(error)
     how: dict[str, Any] = {"backend": backend, "options": options, "dynamic": False, "fullgraph": True}

@@ -3,13 +3,15 @@
 Shapes: N rows ordered (source, local expert), S sources, e experts here, D width, F hidden width (any slice of it),
 A = rows_per_hidden·F rows of fc1.
 
-Three ways to the same numbers:
-- blocks: an autograd Function of our own, for CPU. It keeps what a dense MLP keeps, and adds weight gradients to their
-  final place. With many experts, weights are most of the memory traffic, and a gradient that is first written to a
-  fresh stack and then added to `.grad` costs several times that of one that the matrix product itself accumulates;
+Four ways to the same numbers:
+- kernel: ours in C++ (`expert_kernel`), for float32 on a CPU with a compiler;
+- blocks: an autograd Function of our own, for everything else on a CPU. It keeps what a dense MLP keeps, and adds
+  weight gradients to their final place. With many experts, weights are most of the memory traffic, and a gradient that
+  is first written to a fresh stack and then added to `.grad` costs several times that of one that the matrix product
+  itself accumulates;
 - grouped: `torch.nn.functional.grouped_mm`, for bfloat16 on GPUs that have the kernel;
 - plain: one `linear` per expert in ordinary autograd, for everything else.
-The paths for GPUs were never run on one: the second is tested on CPU, where the operator exists too.
+The paths for GPUs were never run on one: `grouped` is tested on CPU, where the operator exists too.
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import get_gradient_edge
 
-from swinmoe.moe import gradient_buffers
 from swinmoe.moe.activations import Activation
+from swinmoe.moe.expert_kernel import kernel_mlp, takes
 from swinmoe.moe.precision import autocast_dtype
 from swinmoe.moe.types import ExpertWeights
+from swinmoe.moe.weight_gradients import destination, graph_of_backward
 
 BLOCK_BYTES = 16 * 2**20
 """Size up to which pre-activations come in one block. Larger blocks make faster products, but above 32 MB glibc maps
@@ -46,7 +48,12 @@ class Block(NamedTuple):
 
 
 def expert_mlp(
-    rows: Tensor, segments: Tensor | None, w: ExpertWeights, activation: Activation, dropout: float = 0.0
+    rows: Tensor,
+    segments: Tensor | None,
+    w: ExpertWeights,
+    activation: Activation,
+    dropout: float = 0.0,
+    native: bool = False,
 ) -> Tensor:
     """fc2_e(dropout(activation(fc1_e(row)))) for the rows of every expert e: an `ExpertFn`, its last arguments bound.
 
@@ -56,6 +63,7 @@ def expert_mlp(
         w: stacked weights of e experts.
         activation: between the two layers.
         dropout: probability, after the activation; masks come from the global generator of the rows' device.
+        native: whether our kernel in C++ may be taken, where there is a compiler for it and the numbers allow.
     """
     if segments is None:
         num_experts, per_expert, dim = rows.shape
@@ -63,12 +71,16 @@ def expert_mlp(
             return _batched(rows, w, activation, dropout)
         # Padded rows are ragged rows whose counts happen to be equal, and known without looking.
         counts = [[per_expert] * num_experts]
-        return _mlp(rows.reshape(-1, dim), counts, w, activation, dropout).view(num_experts, per_expert, dim)
-    return _mlp(rows, segments.tolist(), w, activation, dropout)
+        return _mlp(rows.reshape(-1, dim), counts, w, activation, dropout, native).view(num_experts, per_expert, dim)
+    return _mlp(rows, segments.tolist(), w, activation, dropout, native)
 
 
-def _mlp(rows: Tensor, counts: list[list[int]], w: ExpertWeights, activation: Activation, dropout: float) -> Tensor:
+def _mlp(
+    rows: Tensor, counts: list[list[int]], w: ExpertWeights, activation: Activation, dropout: float, native: bool
+) -> Tensor:
     assert sum(map(sum, counts)) == len(rows), (counts, rows.shape)
+    if native and not dropout and takes(rows, w, activation):
+        return kernel_mlp(rows, counts, w, activation)
     if _has_grouped_kernel(rows, w):
         return grouped_mlp(rows, counts, w, activation, dropout)
     if rows.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -250,7 +262,7 @@ class _BlockedMlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        ctx.creates_graph = torch.is_grad_enabled()
+        grad, ctx.creates_graph = graph_of_backward(grad)
         return _blocked_backward(ctx, grad)
 
 
@@ -384,18 +396,10 @@ class _BiasGradient:
 
 
 class _WeightGradient:
-    """Collects Σ left_blockᵀ right_block per expert, straight into the parameter's `.grad` where that is safe.
-
-    Safe is: exactly what autograd's own accumulation would have done, and nobody who would have seen the gradient on
-    its way. So not under `autograd.grad`, `create_graph`, or tensor hooks; nor while there is no `.grad` yet, when
-    autograd takes our memory as it is (see `gradient_buffers`). Hooks of the accumulation node (DDP's) run after this
-    and find `.grad` complete.
-    """
+    """Collects Σ left_blockᵀ right_block per expert, straight into the parameter's `.grad` where that is safe."""
 
     def __init__(self, weight: Tensor, parameter: Tensor | None, creates_graph: bool) -> None:
-        gradient = None if parameter is None or creates_graph else _own_gradient(parameter)
-        self.in_place = gradient is not None
-        self.stack = gradient_buffers.take(weight, parameter) if gradient is None else gradient
+        self.stack, self.in_place = destination(weight, parameter, creates_graph)
         self.experts = self.stack.unbind()
         self.begun = [self.in_place] * len(self.experts)
 
@@ -421,19 +425,3 @@ class _WeightGradient:
             if not begun:
                 expert.zero_()
         return self.stack
-
-
-def _own_gradient(parameter: Tensor) -> Tensor | None:
-    """`parameter.grad`, if adding to it is what autograd would do with a gradient returned now."""
-    gradient = parameter.grad
-    if gradient is None or gradient.requires_grad or gradient.layout != torch.strided:
-        return None
-    if type(gradient) is not Tensor or gradient.dtype != parameter.dtype:
-        return None
-    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-        return None
-    try:
-        # False for a parameter left out of backward(inputs=...); an error under autograd.grad, which keeps off .grad.
-        return gradient if torch._C._will_engine_execute_node(get_gradient_edge(parameter).node) else None
-    except RuntimeError:
-        return None

@@ -43,6 +43,8 @@ class Experts(nn.Module):
     slice_axes: ClassVar[Mapping[str, int]] = {"fc1_weight": 1, "fc1_bias": 1, "fc2_weight": 2, "fc2_bias": 1}
     """Axis along which each parameter is cut where an expert is sliced over ranks: that of the hidden width, and D for
     `fc2_bias`, which every slice adds a part of. Experts that cannot be sliced have an empty one."""
+    native: bool = True
+    """Whether our kernel in C++ may be taken: on a CPU, in float32, where there is a compiler for it."""
     fc1_bias: Tensor | None
     fc2_bias: Tensor | None
 
@@ -81,7 +83,8 @@ class Experts(nn.Module):
 
     def function(self, training: bool) -> ExpertFn:
         """What one pass does with rows and weights; holds no parameters."""
-        return partial(expert_mlp, activation=self.activation, dropout=self.dropout if training else 0.0)
+        dropout = self.dropout if training else 0.0
+        return partial(expert_mlp, activation=self.activation, dropout=dropout, native=self.native)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""

@@ -23,6 +23,17 @@ inline void store(float* to, Vec x) { *reinterpret_cast<Anywhere*>(to) = x; }
 inline Vec fill(float x) { return x - Vec{}; }
 inline int64_t up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
+// Up to LANES numbers; what is missing is 0.
+inline Vec load_some(const float* from, int64_t n) {
+  Vec x = {};
+  for (int64_t i = 0; i < n; i++) x[i] = from[i];
+  return x;
+}
+
+inline void store_some(float* to, Vec x, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] = x[i];
+}
+
 inline float sum(Vec x) {
   float total = 0;
   for (int i = 0; i < LANES; i++) total += x[i];

@@ -26,7 +26,14 @@ from swinmoe.config.io import dump
 from swinmoe.config.model import moe_layer_name
 from swinmoe.data import Batch
 from swinmoe.errors import CheckpointError, ConfigError, NonFiniteLossError
-from swinmoe.models import Compiled, SwinTransformer, build_model, compile_blocks, use_native_kernels
+from swinmoe.models import (
+    Compiled,
+    SwinTransformer,
+    build_model,
+    compile_blocks,
+    leave_native_kernels,
+    use_native_kernels,
+)
 from swinmoe.models.counts import ModelCounts, count
 from swinmoe.models.stage import stage_map
 from swinmoe.moe import phases, require_slots
@@ -454,14 +461,16 @@ def make_arm(
         prepare(raw)
     apply_expert_parallel(raw, mesh)
     agree({f"the expert placement of {name!r}": _placement(raw, mesh)})
+    if run.train.native_kernels == "all":
+        use_native_kernels(raw)
+    elif run.train.native_kernels == "none":
+        leave_native_kernels(raw)
     decay = run.train.ema_decay
     average = AveragedModel(raw, multi_avg_fn=_averaging(decay)) if decay is not None else None
     if average is not None:
         average.requires_grad_(False)
         if mesh.config.shard_dense and mesh.world > 1:
             shard_dense(average.module, mesh)
-    if run.train.native_kernels:
-        use_native_kernels(raw)
     compiled = compile_blocks(raw) if run.train.compile else None
     model = wrap_data_parallel(raw, mesh, accelerator)
     return Arm(

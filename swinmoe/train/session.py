@@ -109,10 +109,10 @@ class Session:
             self.progress.say(f"{arm.name:>10} saves memory by {'; '.join(tactics)}")
         if arm.compiled is not None:
             self.progress.say(f"{arm.name:>10} {arm.compiled}; the first step takes minutes")
-        if arm.run.train.native_kernels:
+        if arm.run.train.native_kernels == "all":
             precision = arm.run.train.precision
             vain = "" if precision == "fp32" else f", in vain: they are fp32 alone, and train.precision={precision}"
-            self.progress.say(f"{arm.name:>10} takes our kernels in C++ for attention and dense MLPs{vain}")
+            self.progress.say(f"{arm.name:>10} takes our kernels in C++ for attention and all MLPs{vain}")
         self.records.write(
             "arm",
             arm=arm.name,

@@ -244,7 +244,7 @@ NOWHERE = {
     "ParallelConfig.shard_dense": "needs several processes",
     "ParallelConfig.timeout_minutes": "a matter of the machine",
     "TrainConfig.compile": "takes minutes of a C++ compiler; test_train runs it",
-    "TrainConfig.native_kernels": "needs a C++ compiler; test_train runs it",
+    "TrainConfig.native_kernels": "all of them need a C++ compiler; test_train runs it",
     "TrainConfig.offload_activations": "of use on a GPU alone",
     "TrainConfig.tf32": "of use on a GPU alone",
 }

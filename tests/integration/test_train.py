@@ -18,6 +18,7 @@ from swinmoe.config import CompareConfig, RunConfig
 from swinmoe.config.io import build, merge
 from swinmoe.errors import BackendUnavailableError, CheckpointError, ConfigError, NonFiniteLossError
 from swinmoe.models import build_model
+from swinmoe.moe import expert_mlp
 from swinmoe.native import build as native_build
 from swinmoe.records import read_records
 from swinmoe.train import train
@@ -252,7 +253,7 @@ def test_native_kernels_train_as_torch_does(tmp_path: Path) -> None:
     """To the digits that single precision has, and saved, resumed and averaged like any other model."""
     common = {"train": {"steps": 3, "ema_decay": 0.9}, "checkpoint": {"every_steps": 2}}
     plain, _ = train(_run(tmp_path, name="plain", **common), show=False)
-    changed = merge(common, {"train": {"native_kernels": True}})
+    changed = merge(common, {"train": {"native_kernels": "all"}})
     folder, _ = train(_run(tmp_path, name="native", **changed), show=False)
     assert any(not torch.equal(_model(folder)[name], value) for name, value in _model(plain).items())
     for name, value in _model(plain).items():
@@ -260,13 +261,31 @@ def test_native_kernels_train_as_torch_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("native_kernels")
+def test_experts_take_their_kernel_unless_told_not_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    real = expert_mlp.kernel_mlp
+    monkeypatch.setattr(expert_mlp, "kernel_mlp", lambda *given: taken.append(1) or real(*given))
+    common = {"model": {"moe": {"num_experts": 2}, "moe_blocks": [[], [0]]}, "train": {"steps": 2}}
+    folders = {}
+    for kernels in ("none", "experts", "all"):
+        before = len(taken)
+        changed = merge(common, {"train": {"native_kernels": kernels, "ema_decay": 0.9}})  # the average evaluates
+        folders[kernels], _ = train(_run(tmp_path, name=kernels, **changed), show=False)
+        assert (len(taken) > before) is (kernels != "none")
+    plain = _model(folders["none"])
+    for kernels in ("experts", "all"):
+        for name, value in _model(folders[kernels]).items():
+            torch.testing.assert_close(value, plain[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.usefixtures("native_kernels")
 @pytest.mark.parametrize(("precision", "vain"), [("fp32", False), ("fp64", True)])
 def test_native_kernels_are_announced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str, vain: bool
 ) -> None:
-    train(_run(tmp_path, train={"steps": 1, "native_kernels": True, "precision": precision}))
+    train(_run(tmp_path, train={"steps": 1, "native_kernels": "all", "precision": precision}))
     said = " ".join("".join(capsys.readouterr()).split())
-    assert "takes our kernels in C++ for attention and dense MLPs" in said
+    assert "takes our kernels in C++ for attention and all MLPs" in said
     assert ("in vain: they are fp32 alone, and train.precision=fp64" in said) is vain
 
 
@@ -274,7 +293,7 @@ def test_native_kernels_without_a_compiler_are_refused(tmp_path: Path, monkeypat
     monkeypatch.setenv("CXX", "no-such-compiler")
     native_build.kernels.cache_clear()
     with pytest.raises(BackendUnavailableError, match=r"none of no-such-compiler is installed"):
-        train(_run(tmp_path, train={"native_kernels": True}), show=False)
+        train(_run(tmp_path, train={"native_kernels": "all"}), show=False)
 
 
 def test_compiling_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,9 +118,11 @@ def _without_values(run: RunConfig, hardware: Hardware, world: int) -> tuple[Run
         "precision": "fp32",
         "ema_decay": None,
         "offload_activations": False,
-        "native_kernels": False,
+        "native_kernels": "none",
     }
     over: dict[str, Any] = {"train": plain, "parallel": {}}
+    if hardware.device != "cpu":  # nor would it have kernels of ours
+        plain["native_kernels"] = run.train.native_kernels
     changes = [f"train.{key}={getattr(run.train, key)}" for key in plain if getattr(run.train, key) != plain[key]]
     moe = run.model.moe
     if moe is not None:

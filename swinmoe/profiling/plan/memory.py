@@ -136,13 +136,14 @@ def _block(config: ModelConfig, stage: int, at: Setting) -> _Block:
 
 
 def _rows_kept(spread: Spread) -> float:
-    """Bytes that an expert layer keeps: rows as they enter, both sides of the activation, rows as they leave; gathered
-    weights."""
+    """Bytes that an expert layer keeps: rows as they enter, both sides of the activation (our kernel: what enters it),
+    rows as they leave; gathered weights."""
     layer, at = spread.layer, spread.at
     here, met = spread.rows * layer.dim * at.narrow, spread.rows_computed * at.narrow
     parts = spread.slices // min(spread.parallel.weight_group, spread.slices)
     masks = layer.hidden if spread.moe.experts.dropout else 0
-    inside = met * (layer.dim + (layer.fc1_rows + layer.hidden + masks) / parts)
+    hidden = 0 if at.experts_in_kernel else layer.hidden
+    inside = met * (layer.dim + (layer.fc1_rows + hidden + masks) / parts)
     return inside + here + spread.parallel.weight_group * spread.weight_bytes
 
 

@@ -127,8 +127,12 @@ def spreads_of(run: RunConfig, scene: Scene, images: int) -> list[Spread]:
 
 
 def setting(run: RunConfig, hardware: Hardware, images: int) -> Setting:
-    """Micro-batch, precision, and what stays in the cache."""
-    return Setting(images, run.train.precision, hardware.fused_attention, hardware.device == "cpu")
+    """Micro-batch, precision, and what stays in the cache. A CPU is taken to have a compiler for our kernels."""
+    on_cpu, train, moe = hardware.device == "cpu", run.train, run.model.moe
+    kernel = on_cpu and train.precision == "fp32" and train.native_kernels != "none"
+    if moe is not None:
+        kernel = kernel and moe.experts.type in ("gelu", "relu") and not moe.experts.dropout
+    return Setting(images, train.precision, hardware.fused_attention, on_cpu, kernel)
 
 
 def predict(run: RunConfig, scene: Scene) -> Prediction:

@@ -153,6 +153,12 @@ class Spread:
         forward = product(rows, first, layer.dim, at.narrow) + product(rows, layer.dim, hidden, at.narrow)
         backward = backward_of(rows, first, layer.dim, at.narrow) + backward_of(rows, layer.dim, hidden, at.narrow)
         pre = rows * first * at.narrow
+        if at.experts_in_kernel:
+            # Weights, rows on their way in and out, and pre-activations; one operator for all experts.
+            rows_moved, call = 2 * rows * layer.dim * at.narrow, 1 / count
+            forward = replace(forward, products=size * at.narrow + rows_moved + pre, calls=call)
+            backward = replace(backward, products=2 * size * at.narrow + 1.5 * rows_moved + pre, calls=call)
+            return (forward + Cost(activation=pre)) * count, (backward + Cost(activation=pre)) * count
         forward += Cost(activation=2 * pre, calls=1)
         backward += Cost(activation=3 * pre, copy=rows * (first + layer.dim) * at.narrow, calls=3)
         if at.experts_in_blocks:

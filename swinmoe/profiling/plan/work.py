@@ -73,6 +73,8 @@ class Setting:
     fused_attention: bool = False
     experts_in_blocks: bool = False
     """Expert layers work piece by piece, and what they do with a piece finds it in the cache: on a CPU."""
+    experts_in_kernel: bool = False
+    """Of these, experts take our kernel in C++: hidden units do not leave the cache, and are not kept."""
 
     @property
     def wide(self) -> int:

@@ -190,3 +190,9 @@ def test_configs_are_frozen():
 def test_impossible_comparisons(tree, message):
     with pytest.raises(ConfigError, match=message):
         build(CompareConfig, tree)
+
+
+@pytest.mark.parametrize(("old", "now"), [(False, "none"), (True, "all")])
+def test_kernels_of_configs_that_said_yes_or_no(old: bool, now: str) -> None:
+    """As in checkpoints that were written when these were the choices."""
+    assert build(RunConfig, {"train": {"native_kernels": old}}).train.native_kernels == now

@@ -15,8 +15,17 @@ from torch.autograd import forward_ad
 
 from swinmoe.config import MoEConfig
 from swinmoe.errors import BackendUnavailableError
-from swinmoe.models import SwinTransformer, attention, build_model, compile_blocks, mlp, use_native_kernels
+from swinmoe.models import (
+    SwinTransformer,
+    attention,
+    build_model,
+    compile_blocks,
+    leave_native_kernels,
+    mlp,
+    use_native_kernels,
+)
 from swinmoe.models.compile import Compiled
+from swinmoe.moe import Experts, expert_mlp
 
 pytestmark = [
     pytest.mark.usefixtures("native_kernels"),
@@ -73,6 +82,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     watch(attention, "window_attention")
     watch(mlp, "biased_gelu")
+    watch(expert_mlp, "kernel_mlp")
     return called
 
 
@@ -87,6 +97,7 @@ def test_a_step_is_that_of_double_precision(style: str, over: dict[str, object],
     forwards = 2 if "grad_checkpointing" in over else 1
     assert calls.count("window_attention") == 6 * forwards
     assert calls.count("biased_gelu") == (4 if sparse else 6) * forwards
+    assert calls.count("kernel_mlp") == (2 if sparse else 0) * forwards
 
 
 @pytest.mark.parametrize("style", ["v1", "v2"])
@@ -125,6 +136,25 @@ def test_what_was_chosen_by_hand_stays() -> None:
     model.set_attention_impl("explicit")
     use_native_kernels(model)
     assert {m.attention_impl for m in model.modules() if isinstance(m, attention.WindowAttention)} == {"explicit"}
+
+
+def test_leaving_them_leaves_them_all(calls: list[str]) -> None:
+    model = model_of("v2", moe=MoEConfig(num_experts=4), moe_blocks=((1,), (1,)))
+    use_native_kernels(model)
+    outcome(model)
+    assert {"window_attention", "biased_gelu", "kernel_mlp"} == set(calls)
+    calls.clear()
+    leave_native_kernels(model)
+    outcome(model)
+    assert calls == []
+
+
+def test_compiling_leaves_experts_as_they_are() -> None:
+    model = model_of("v2", moe=MoEConfig(num_experts=4), moe_blocks=((1,), (1,)))
+    leave_native_kernels(model)
+    compile_blocks(model, backend="eager")
+    assert [m.native for m in model.modules() if isinstance(m, Experts)] == [False, False]
+    assert all(m.native for m in model.modules() if isinstance(m, mlp.Mlp))
 
 
 def test_not_taken_where_numbers_are_others(calls: list[str]) -> None:

@@ -160,7 +160,8 @@ def test_layers_with_capacities_of_their_own_are_as_planned() -> None:
     tree = {"model": {**SPARSE, "moe": moe}, "parallel": {"ep_size": 4}, "train": {"batch_size": 64}}
     found = dry_run(build(RunConfig, tree), load_hardware("cpu"), 8)
     assert found.holds, [(look.rank, check) for look in found.looks for check in look.checks if not check.holds]
-    assert found.set_aside == ()
+    assert found.set_aside == ("train.native_kernels=experts",)
+    assert dry_run(build(RunConfig, tree), load_hardware("a100"), 8).set_aside == ()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,125 @@
+"""Experts by our kernel in C++ (`swinmoe.native`): float32 on a CPU, GELU or ReLU, no dropout.
+
+Shapes: N rows ordered (source, local expert), S sources, e experts here, D width, F hidden width.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
+
+from swinmoe.moe.activations import Activation, Gelu, Relu
+from swinmoe.moe.precision import autocast_dtype
+from swinmoe.moe.types import ExpertWeights
+from swinmoe.moe.weight_gradients import destination, graph_of_backward
+from swinmoe.native import expert_mlp_backward, expert_mlp_forward, experts_available
+
+_NAMES: dict[type[Activation], Any] = {Gelu: "gelu", Relu: "relu"}
+_one_at_a_time = threading.Lock()
+"""Backward passes of several threads may add to one gradient; autograd's own addition has such a lock too."""
+
+
+def takes(rows: Tensor, w: ExpertWeights, activation: Activation) -> bool:
+    """Whether the kernel computes this; asks for a compiler only where all else fits."""
+    if type(activation) not in _NAMES or rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if autocast_dtype(rows) not in (None, torch.float32):
+        return False
+    # Their memory is read: no tensors of other kinds, which may have none.
+    tensors = [t for t in (rows, w.fc1, w.b1, w.fc2, w.b2) if t is not None]
+    if any(type(t) not in (Tensor, nn.Parameter) or t.dtype != torch.float32 for t in tensors):
+        return False
+    return w.fc1.is_contiguous() and w.fc2.is_contiguous() and experts_available()
+
+
+def kernel_mlp(rows: Tensor, counts: list[list[int]], w: ExpertWeights, activation: Activation) -> Tensor:
+    """fc2_e(activation(fc1_e(row))) where `takes` says so; weight gradients as in `weight_gradients`."""
+    tensors = (rows, w.fc1, w.b1, w.fc2, w.b2)
+    # Inside `forward` gradient mode is off, whoever calls: ask here whether a backward pass can follow.
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    out: Tensor = _KernelMlp.apply(*tensors, counts, _NAMES[type(activation)], training)
+    return out
+
+
+class _KernelMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        fc1: Tensor,
+        b1: Tensor | None,
+        fc2: Tensor,
+        b2: Tensor | None,
+        counts: list[list[int]],
+        activation: Any,
+        training: bool,
+    ) -> Tensor:
+        out, pre = expert_mlp_forward(rows, counts, fc1, b1, fc2, b2, activation, training)
+        if training:
+            ctx.save_for_backward(rows, fc1, fc2, *pre)
+            # Saved tensors may come back as copies (checkpointing, offloading); only the parameter itself has `.grad`.
+            # Gathered weights are no parameters, and to keep them would undo what checkpointing saves.
+            # One that is both weights at once would be written from two sides.
+            ctx.parameters = tuple(weight if weight.is_leaf and fc1 is not fc2 else None for weight in (fc1, fc2))
+            ctx.counts, ctx.activation = counts, activation
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        grad, ctx.creates_graph = graph_of_backward(grad)
+        return _backward(ctx, grad)
+
+
+@once_differentiable
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    rows, fc1, fc2, *pre = ctx.saved_tensors
+    needs_rows, needs_fc1, needs_b1, needs_fc2, needs_b2 = ctx.needs_input_grad[:5]
+    grad_rows = rows.new_empty(rows.shape) if needs_rows else None
+    of_fc1 = _Destination(fc1, ctx.parameters[0], ctx.creates_graph) if needs_fc1 else None
+    of_fc2 = _Destination(fc2, ctx.parameters[1], ctx.creates_graph) if needs_fc2 else None
+    grad_b1 = rows.new_zeros(fc1.shape[:2]) if needs_b1 else None
+    grad_b2 = rows.new_zeros(fc2.shape[:2]) if needs_b2 else None
+    add_fc1, add_fc2 = (g is not None and g.adds for g in (of_fc1, of_fc2))
+    with _one_at_a_time if add_fc1 or add_fc2 else nullcontext():
+        expert_mlp_backward(
+            grad,
+            rows,
+            ctx.counts,
+            fc1,
+            fc2,
+            pre,
+            ctx.activation,
+            grad_x=grad_rows,
+            grad_fc1=None if of_fc1 is None else of_fc1.written,
+            grad_b1=grad_b1,
+            grad_fc2=None if of_fc2 is None else of_fc2.written,
+            grad_b2=grad_b2,
+            add_fc1=add_fc1,
+            add_fc2=add_fc2,
+        )
+    found = [None if g is None else g.result() for g in (of_fc1, of_fc2)]
+    return grad_rows, found[0], grad_b1, found[1], grad_b2, None, None, None
+
+
+class _Destination:
+    """Contiguous memory for a weight's gradient: where it belongs, or, where that is laid out otherwise, beside it."""
+
+    def __init__(self, weight: Tensor, parameter: Tensor | None, creates_graph: bool) -> None:
+        self.stack, self.in_place = destination(weight, parameter, creates_graph)
+        new = torch.contiguous_format
+        self.written = self.stack if self.stack.is_contiguous() else torch.empty_like(weight, memory_format=new)
+        self.adds = self.in_place and self.written is self.stack
+
+    def result(self) -> Tensor | None:
+        """What the backward pass returns: None where `.grad` has it all."""
+        if self.adds:
+            increment_version(self.stack)  # what autograd cannot see, for graphs that hold this gradient
+        if self.written is not self.stack:
+            self.stack.add_(self.written)  # only `.grad` is ever laid out otherwise
+        return None if self.in_place else self.stack

@@ -1,0 +1,318 @@
+"""The kernel, or a loop over sources and experts in float64: the same MLPs, forward and backward.
+
+Shapes: N rows, D width, F hidden width.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from swinmoe.errors import BackendUnavailableError
+from swinmoe.native import expert_mlp_backward as backward
+from swinmoe.native import expert_mlp_forward as forward
+from swinmoe.native import experts, experts_available
+
+pytestmark = pytest.mark.usefixtures("native_kernels")
+
+ACTIVATIONS: dict[Any, Any] = {"gelu": F.gelu, "relu": F.relu}
+NAMES = ("grad_x", "grad_fc1", "grad_b1", "grad_fc2", "grad_b2")
+SOME = [[10, 0, 7], [5, 15, 0]]
+COUNTS = {
+    "two sources, empty segments": SOME,
+    "one row": [[0, 1, 0]],
+    "none": [[0, 0]],
+    "no source": [],
+    "one expert": [[61]],
+    "whole tiles": [[28, 14, 42]],
+    "more than are worked on together": [[3, 900], [1700, 0]],
+}
+
+
+def make(counts: list[list[int]], dim: int, hidden: int, experts: int = 0) -> tuple[Tensor, ...]:
+    """Rows, fc1, b1, fc2, b2."""
+    torch.manual_seed(0)
+    num, rows = experts or len(counts[0]), sum(map(sum, counts))
+    w1, w2 = torch.randn(num, hidden, dim) * dim**-0.5, torch.randn(num, dim, hidden) * hidden**-0.5
+    return torch.randn(rows, dim), w1, torch.randn(num, hidden) / 4, w2, torch.randn(num, dim)
+
+
+def exact(
+    counts: list[list[int]], tensors: tuple[Tensor, ...], slope: Tensor, activation: str
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Output and gradients in float64."""
+    given = [t.double().requires_grad_() for t in tensors]
+    x, w1, b1, w2, b2 = given
+    pieces = iter(x.split([count for source in counts for count in source]))
+    out = [x[:0] @ w1[0].t() @ w2[0].t()]
+    for source in counts:
+        for e in range(len(source)):
+            out.append(ACTIVATIONS[activation](next(pieces) @ w1[e].t() + b1[e]) @ w2[e].t() + b2[e])
+    y = torch.cat(out)
+    grads = torch.autograd.grad(y, given, slope.double(), allow_unused=True, materialize_grads=True)
+    return y.detach(), grads
+
+
+def ours(
+    counts: list[list[int]], tensors: tuple[Tensor, ...], slope: Tensor, activation: Any = "gelu", **given: Any
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """Output and gradients; where they are written, anything may have been before."""
+    x, w1, b1, w2, b2 = tensors
+    y, pre = forward(x, counts, w1, b1, w2, b2, activation, True)
+    grads = {n: torch.full(t.shape, float("nan")) for n, t in zip(NAMES, tensors, strict=True)}
+    for name in ("grad_b1", "grad_b2"):
+        grads[name].zero_()
+    grads |= {n: given.pop(n) for n in NAMES if n in given}
+    adds = {"add_fc1": False, "add_fc2": False} | given
+    backward(slope, x, counts, w1, w2, pre, activation, **grads, **adds)  # type: ignore[arg-type]
+    return y, dict(grads)
+
+
+def close(mine: Tensor | None, other: Tensor) -> None:
+    assert mine is not None
+    scale = max(1.0, float(other.abs().max())) if other.numel() else 1.0
+    torch.testing.assert_close(mine.double(), other, rtol=0, atol=3e-6 * scale)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("dim, hidden", [(40, 50), (32, 64), (1, 1), (96, 33)])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_equals_a_loop_in_double_precision(counts: list[list[int]], dim: int, hidden: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    tensors = make(counts, dim, hidden, experts=0 if counts else 2)
+    slope = torch.randn_like(tensors[0])
+    y, grads = ours(counts, tensors, slope)
+    expected, others = exact(counts, tensors, slope, "gelu")
+    close(y, expected)
+    for name, other in zip(NAMES, others, strict=True):
+        close(grads[name], other)
+
+
+def test_relu() -> None:
+    tensors = make(SOME, 40, 50)
+    slope = torch.randn_like(tensors[0])
+    y, grads = ours(SOME, tensors, slope, "relu")
+    expected, others = exact(SOME, tensors, slope, "relu")
+    close(y, expected)
+    for name, other in zip(NAMES, others, strict=True):
+        close(grads[name], other)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_what_is_kept_may_lie_in_pieces(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles end where pieces do."""
+    monkeypatch.setattr(experts, "_CHUNK_BYTES", rows * 50 * 4)
+    tensors = make(SOME, 40, 50)
+    slope = torch.randn_like(tensors[0])
+    assert len(forward(tensors[0], SOME, *tensors[1:], "gelu", True)[1]) == -(-37 // rows)
+    y, grads = ours(SOME, tensors, slope)
+    expected, others = exact(SOME, tensors, slope, "gelu")
+    close(y, expected)
+    for name, other in zip(NAMES, others, strict=True):
+        close(grads[name], other)
+
+
+def test_weight_gradients_are_added_where_asked() -> None:
+    """Also to those of experts without rows, which otherwise become 0."""
+    tensors = make([[7, 0]], 40, 50)
+    slope = torch.randn_like(tensors[0])
+    _, others = exact([[7, 0]], tensors, slope, "gelu")
+    before = torch.randn_like(tensors[1]), torch.randn_like(tensors[3])
+    _, grads = ours([[7, 0]], tensors, slope, grad_fc1=before[0].clone(), grad_fc2=before[1].clone(), add_fc1=True)
+    close(grads["grad_fc1"], others[1] + before[0])
+    close(grads["grad_fc2"], others[3])
+    _, grads = ours([[7, 0]], tensors, slope, grad_fc1=before[0].clone(), grad_fc2=before[1].clone(), add_fc2=True)
+    close(grads["grad_fc1"], others[1])
+    close(grads["grad_fc2"], others[3] + before[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_gradient_may_be_left_out(name: str) -> None:
+    tensors = make(SOME, 40, 50)
+    slope = torch.randn_like(tensors[0])
+    _, others = exact(SOME, tensors, slope, "gelu")
+    _, grads = ours(SOME, tensors, slope, **{name: None})
+    assert grads.pop(name) is None
+    for other_name, other in zip(NAMES, others, strict=True):
+        if other_name != name:
+            close(grads[other_name], other)
+
+
+def test_without_biases_and_without_training() -> None:
+    x, w1, _, w2, _ = make(SOME, 40, 50)
+    y, pre = forward(x, SOME, w1, None, w2, None, "gelu", False)
+    assert pre == []
+    none = torch.zeros(3, 50), torch.zeros(3, 40)
+    close(y, exact(SOME, (x, w1, none[0], w2, none[1]), x, "gelu")[0])
+
+
+def test_what_is_not_a_number_stays_where_it_belongs() -> None:
+    """In its own row, and in the gradients of its own expert."""
+    tensors = make([[20, 20]], 40, 50)
+    slope = torch.randn_like(tensors[0])
+    clean, clean_grads = ours([[20, 20]], tensors, slope)
+    tensors[0][3, 5] = float("nan")
+    y, grads = ours([[20, 20]], tensors, slope)
+    assert y[3].isnan().all()
+    others = torch.arange(40) != 3
+    torch.testing.assert_close(y[others], clean[others], rtol=0, atol=0)
+    for name in ("grad_fc1", "grad_b1", "grad_fc2", "grad_b2"):
+        mine, other = grads[name], clean_grads[name]
+        assert mine is not None and other is not None
+        assert mine[0].isnan().any() or name == "grad_b2"
+        torch.testing.assert_close(mine[1], other[1], rtol=0, atol=0)
+
+
+def test_the_same_twice_is_the_same_to_the_bit() -> None:
+    torch.set_num_threads(2)
+    counts = [[3, 900, 50], [1, 800, 2]]
+    tensors = make(counts, 72, 100)
+    slope = torch.randn_like(tensors[0])
+    runs = [ours(counts, tensors, slope) for _ in range(2)]
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
+
+
+def test_long_sums_keep_their_digits() -> None:
+    """All of one sign: what single precision would lose, one row after the other, is a hundred times as much."""
+    rows = 60_000
+    x, w1, b1, w2, b2 = torch.full((rows, 2), 0.1), *make([[1]], 2, 2)[1:]
+    slope = torch.full_like(x, 0.1)
+    _, grads = ours([[rows]], (x, w1, b1, w2, b2), slope)
+    _, others = exact([[rows]], (x, w1, b1, w2, b2), slope, "gelu")
+    for name, other in zip(NAMES, others, strict=True):
+        torch.testing.assert_close(grads[name].double(), other, rtol=2e-5, atol=0)  # type: ignore[union-attr]
+
+
+def test_strides_of_what_is_given_do_not_matter() -> None:
+    x, w1, b1, w2, b2 = make(SOME, 40, 50)
+    slope = torch.randn_like(x)
+    turned = tuple(t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in (x, w1, b1, w2, b2))
+    torch.testing.assert_close(ours(SOME, turned, slope)[0], ours(SOME, (x, w1, b1, w2, b2), slope)[0], rtol=0, atol=0)
+
+
+def test_are_operators_as_torch_wants_them() -> None:
+    x, w1, b1, w2, b2 = make([[5, 4]], 6, 8)
+    tests = ("test_schema", "test_faketensor")
+    given = (x, [5, 4], w1, b1, w2, b2, "gelu", True)
+    torch.library.opcheck(torch.ops.swinmoe.expert_mlp.default, given, test_utils=tests)
+    _, pre = forward(x, [[5, 4]], w1, b1, w2, b2, "gelu", True)
+    written = [torch.zeros_like(t) for t in (x, w1, b1, w2, b2)]
+    rest = (x, x, [5, 4], w1, w2, pre, "gelu", *written, True, False)
+    torch.library.opcheck(torch.ops.swinmoe.expert_mlp_backward.default, rest, test_utils=tests)
+
+
+@pytest.mark.parametrize("left_out", [None, "grad_x", "grad_fc1"])
+def test_flops_are_those_of_the_products(left_out: str | None) -> None:
+    tensors = make(SOME, 40, 50)
+    with FlopCounterMode(display=False) as counter:
+        ours(SOME, tensors, tensors[0], **({left_out: None} if left_out else {}))
+    of_one = 2 * 37 * 40 * 50
+    assert counter.get_total_flops() == of_one * (2 + (3 if left_out else 4))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(37, 40, dtype=torch.float64)}, "x is torch.float64"),
+        ({"x": torch.zeros(37, 41)}, r"give rows \(N, D\), not \(37, 41\)"),
+        ({"fc2": torch.zeros(3, 50, 40)}, r"fc2 \(e, D, F\), not \(3, 50, 40\)"),
+        ({"b1": torch.zeros(3, 40)}, r"b1 of shape \(3, 40\) must be \(3, 50\)"),
+        ({"b2": torch.zeros(40)}, r"b2 of shape \(40,\) must be \(3, 40\)"),
+        ({"counts": [[30, 0, 6]]}, "how many of 37 rows each of 3 experts"),
+        ({"counts": [[38, 0, -1]]}, "how many of 37 rows each of 3 experts"),
+        ({"counts": [[30, 7]]}, "how many of 37 rows each of 3 experts"),
+        ({"activation": "tanh"}, "'tanh' is none of gelu, relu"),
+    ],
+)
+def test_what_the_kernel_would_misread_is_refused(change: dict[str, Any], message: str) -> None:
+    x, w1, b1, w2, b2 = make(SOME, 40, 50)
+    given = {"x": x, "counts": SOME, "fc1": w1, "b1": b1, "fc2": w2, "b2": b2, "activation": "gelu", "training": True}
+    with pytest.raises(ValueError, match=message):
+        forward(**{**given, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name, wrong, message",
+    [
+        ("grad_x", torch.zeros(36, 40), r"grad_x of shape \(36, 40\)"),
+        ("grad_fc1", torch.zeros(3, 40, 50).transpose(1, 2), "grad_fc1 .* contiguous"),
+        ("grad_b2", torch.zeros(3, 40, dtype=torch.float64), "grad_b2 is torch.float64"),
+    ],
+)
+def test_places_that_do_not_fit_are_refused(name: str, wrong: Tensor, message: str) -> None:
+    tensors = make(SOME, 40, 50)
+    with pytest.raises(ValueError, match=message):
+        ours(SOME, tensors, tensors[0], **{name: wrong})
+
+
+def test_pieces_of_another_pass_are_refused() -> None:
+    x, w1, b1, w2, b2 = make(SOME, 40, 50)
+    _, pre = forward(x[:9], [[9, 0, 0]], w1, b1, w2, b2, "gelu", True)
+    none = dict.fromkeys(NAMES)
+    with pytest.raises(ValueError, match="not what the forward pass kept"):
+        backward(x, x, SOME, w1, w2, pre, "gelu", **none, add_fc1=False, add_fc2=False)
+
+
+@pytest.mark.parametrize(("lanes", "taken"), [(None, False), (4, False), (8, True), (16, True)])
+def test_taken_where_there_is_a_compiler_and_wide_vectors(
+    lanes: int | None, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Kernels:
+        def swinmoe_lanes(self) -> int:
+            if lanes is None:
+                raise BackendUnavailableError("no compiler")
+            return lanes
+
+    monkeypatch.setattr(experts, "kernels", Kernels)
+    experts_available.cache_clear()
+    try:
+        assert experts_available() is taken
+    finally:
+        experts_available.cache_clear()
+
+
+def test_nothing_is_read_past_the_end() -> None:
+    """Rows narrower than a vector, at the end of a page behind which there is none: what reads on is killed."""
+    text = """
+import ctypes, mmap, torch
+from swinmoe.native import expert_mlp_backward, expert_mlp_forward
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+def at_the_end(t):
+    size = -(-t.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    begin = libc.mmap(None, size + mmap.PAGESIZE, 3, 0x22, -1, 0)
+    assert libc.mprotect(begin + size, mmap.PAGESIZE, 0) == 0
+    there = (ctypes.c_float * t.numel()).from_address(begin + size - t.nbytes)
+    copy = torch.frombuffer(there, dtype=torch.float32).view(t.shape)
+    copy.copy_(t)
+    return copy
+for dim, hidden in ((1, 1), (3, 5), (7, 20), (20, 7)):
+    sizes = ((9, dim), (1, hidden, dim), (1, hidden), (1, dim, hidden), (1, dim))
+    x, w1, b1, w2, b2 = (at_the_end(torch.randn(size)) for size in sizes)
+    _, pre = expert_mlp_forward(x, [[9]], w1, b1, w2, b2, "gelu", True)
+    names = ("grad_x", "grad_fc1", "grad_b1", "grad_fc2", "grad_b2")
+    grads = dict(zip(names, map(torch.zeros_like, (x, w1, b1, w2, b2))))
+    grad, pre = at_the_end(torch.randn(9, dim)), [at_the_end(p) for p in pre]
+    expert_mlp_backward(grad, x, [[9]], w1, w2, pre, "gelu", **grads, add_fc1=False, add_fc2=False)
+print("alive")
+"""
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "alive\n", done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_is_kept_must_come_back_as_it_was(dtype: torch.dtype) -> None:
+    x, w1, b1, w2, b2 = make(SOME, 40, 50)
+    _, pre = forward(x, SOME, w1, b1, w2, b2, "gelu", True)
+    none = dict.fromkeys(NAMES)
+    with pytest.raises(ValueError, match=rf"pre\[0\] is {dtype}"):
+        backward(x, x, SOME, w1, w2, [p.to(dtype) for p in pre], "gelu", **none, add_fc1=False, add_fc2=False)
