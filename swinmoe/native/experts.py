@@ -5,7 +5,7 @@ Shapes: N rows ordered (source, local expert), S sources, e experts here, D widt
 Products of few rows with the weights of one expert wait for these weights, one expert after the other; weights of many
 experts and their gradients fit into no cache. The kernel asks for a panel of weights while it multiplies the one
 before, applies bias and activation to a tile while it is in the cache, and writes weight gradients to their final
-place. What it works in, some MB for each thread, stays with the calling thread and is unknown to torch.
+place. What it works in, tens of MB, stays with the calling thread and is unknown to torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from swinmoe.native.build import kernels
 from swinmoe.native.operators import address, define, expect, expect_numbers, finish
 
 _LEAST_LANES = 8
-"""Numbers in a vector of the processor with which the kernel was seen to be the faster way: AVX2 and AVX-512."""
+"""Numbers in a vector of the processor, AVX's: with narrower ones nobody has seen the kernel to be the faster way."""
 
 Activation = Literal["gelu", "relu"]
 _ACTIVATIONS = ("gelu", "relu")
