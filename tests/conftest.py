@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from swinmoe.errors import BackendUnavailableError
-from swinmoe.native import kernels
+from swinmoe.native import experts_available, kernels
 
 
 @pytest.fixture(autouse=True)
@@ -30,3 +30,10 @@ def native_kernels() -> None:
         kernels()
     except BackendUnavailableError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def expert_kernel(native_kernels: None) -> None:
+    """For tests of layers that take the kernel of experts by themselves."""
+    if not experts_available():
+        pytest.skip("this processor's vectors are too narrow for experts to take their kernel by themselves")

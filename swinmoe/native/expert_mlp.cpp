@@ -1,7 +1,7 @@
 // Experts' MLPs, fc2_e(activation(fc1_e(row))) for the rows of every expert e, forward and backward.
 //
-// Weights of many experts and their gradients are most of what such a layer moves through memory. Here a product packs a
-// panel of weights while the next one is on its way from memory, bias and activation are done on a tile while it is
+// Weights of many experts and their gradients are most of what such a layer moves through memory. Here a panel of
+// weights is fetched and packed while the one before is multiplied, bias and activation are done on a tile while it is
 // in the cache, hidden units live for one expert at a time, and weight gradients are written where they belong.
 //
 // Shapes: N rows, S sources and e experts here (rows are ordered so), D width, F hidden width. Matrices are row by row:
@@ -230,7 +230,7 @@ struct Packing {
   void finish() { go_on(0, 1); }
 };
 
-// -------------------------------------------------------------------------------------------------------------- the plan
+// ------------------------------------------------------------------------------------------------------------ the plan
 
 struct Piece {
   int64_t from, rows;
@@ -259,10 +259,9 @@ struct Mlp {
   int64_t chunk;              // rows of a chunk of pre-activations
   std::vector<Unit> units{};  // expert by expert
   std::vector<Wave> waves{};
-  int64_t most = 0, longest = 0, all = 0;  // rows of a wave, of a unit, in all
+  int64_t most = 0, longest = 0, num_rows = 0;  // of a wave, of a unit, in all
 
   int64_t stride() const { return up(hidden) + LANES; }  // so that rows do not fall into the same sets of a cache
-  int64_t rows_in_all() const { return all; }
   int64_t panels(bool second) const { return ceil_div(second ? dim : hidden, kAcross); }
 
   void plan(int64_t threads) {
@@ -277,7 +276,7 @@ struct Mlp {
           at = stop;
         }
       }
-    all = at;
+    num_rows = at;
     for (int64_t e = 0; e < experts; e++) {
       int64_t rows = 0;
       for (const Piece& piece : of[e]) rows += piece.rows;
@@ -299,7 +298,8 @@ struct Mlp {
     const int64_t together = std::max<int64_t>(1, ceil_div(kPanelsOfThread * threads, panels(true)));
     for (int64_t u = 0; u < (int64_t)units.size(); u++) {
       // Two units of one expert add to the same gradients: one after the other.
-      if (waves.empty() || waves.back().to - waves.back().from == together || !units[u].first) waves.push_back({u, u, 0});
+      const bool full = waves.empty() || waves.back().to - waves.back().from == together;
+      if (full || !units[u].first) waves.push_back({u, u, 0});
       Wave& wave = waves.back();
       units[u].at = wave.rows;
       wave.rows += units[u].rows;
@@ -421,7 +421,7 @@ struct Gelu {
   static inline void both(Vec y, Vec& out, Vec& derivative) {
     const Parts of = parts(y);
     out = y * of.below;
-    derivative = of.below + y * of.density * 0.39894228f;
+    derivative = slope(y, of);
   }
   static inline Vec value(Vec y) { return ::value(y); }
 };
@@ -434,7 +434,7 @@ struct Relu {
   static inline Vec value(Vec y) { return y < 0.0f ? Vec{} : y; }  // not a number where y is none
 };
 
-// -------------------------------------------------------------------------------------------------------------- forward
+// ------------------------------------------------------------------------------------------------------------- forward
 
 struct Forward {
   const float *x, *fc1, *b1, *fc2, *b2;
@@ -527,7 +527,7 @@ void forward(const Mlp& m, const Forward& t, int64_t threads) {
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------- backward
+// ------------------------------------------------------------------------------------------------------------ backward
 
 struct Backward {
   const float *grad, *x, *fc1, *fc2;
@@ -540,8 +540,8 @@ template <class Activation>
 void backward(const Mlp& m, const Backward& t, int64_t threads) {
   const int64_t D = m.dim, F = m.hidden, stride = m.stride(), across_f = m.panels(false), across_d = m.panels(true);
   const int64_t depth = std::max(D, F), of_left = m.longest * kDown + LANES, of_x = m.longest * across_d * kAcross;
-  // Gradients of two waves' pre-activations, row by row; a wave's hidden units, panel by panel; of each thread two panels,
-  // the left factor of weights' gradients, and a unit's rows, panel by panel.
+  // Gradients of two waves' pre-activations, row by row; a wave's hidden units, panel by panel; of each thread two
+  // panels, the left factor of weights' gradients, and a unit's rows, panel by panel.
   const Room room{2 * m.most * stride, m.most * across_f * kAcross, threads * 2 * depth * kAcross, threads * of_left,
                   threads * of_x};
   std::vector<std::vector<Item>> items(threads);
@@ -577,15 +577,15 @@ void backward(const Mlp& m, const Backward& t, int64_t threads) {
       const int64_t e = unit.expert, rows = unit.rows;
       if (t.grad_fc2) {  // (D, rows) (rows, F)
         const bool add = t.add_fc2 || !unit.first;
-        for (int64_t d = 0, parts = ceil_div(D, kDown), i = 0; i < parts; i++, d = D * i / parts) {
-          const int64_t n = D * (i + 1) / parts - d;
+        for (int64_t parts = ceil_div(D, kDown), part = 0; part < parts; part++) {
+          const int64_t d = D * part / parts, n = D * (part + 1) / parts - d;
+          // A vector's width may be read of rows that do not begin too near the end of all: of the first so many.
+          const int64_t last = m.num_rows * D - d - LANES, wide = last < 0 ? 0 : last / D + 1;
           int64_t at = 0;
           for (const Piece& piece : unit.pieces) {
-            // A vector's width may be read of rows that do not begin too near the end of all.
-            const int64_t room = m.rows_in_all() * D - d - LANES;
-            const int64_t whole = room < 0 ? 0 : std::clamp<int64_t>(room / D + 1 - piece.from, 0, piece.rows);
+            const int64_t whole = std::clamp<int64_t>(wide - piece.from, 0, piece.rows), rest = piece.rows - whole;
             pack_left(t.grad + piece.from * D + d, D, n, whole, true, left + at * kDown);
-            pack_left(t.grad + (piece.from + whole) * D + d, D, n, piece.rows - whole, false, left + (at + whole) * kDown);
+            pack_left(t.grad + (piece.from + whole) * D + d, D, n, rest, false, left + (at + whole) * kDown);
             at += piece.rows;
           }
           for (int64_t p = from; p < to; p++) {
@@ -608,8 +608,8 @@ void backward(const Mlp& m, const Backward& t, int64_t threads) {
           at += piece.rows;
         }
         const int64_t begin = from * kAcross, end = std::min(to * kAcross, F);
-        for (int64_t parts = ceil_div(end - begin, kDown), i = 0; i < parts; i++) {
-          const int64_t f = begin + (end - begin) * i / parts, n = begin + (end - begin) * (i + 1) / parts - f;
+        for (int64_t parts = ceil_div(end - begin, kDown), part = 0; part < parts; part++) {
+          const int64_t f = begin + (end - begin) * part / parts, n = begin + (end - begin) * (part + 1) / parts - f;
           pack_left(grad_pre + f, stride, n, rows, f + LANES <= end, left);  // no column that others may be writing
           for (int64_t p = 0; p < across_d; p++) {
             float* to = t.grad_fc1 + (e * F + f) * D + p * kAcross;

@@ -30,9 +30,7 @@ inline Parts parts(Vec y) {
 
 inline Vec value(Vec y) { return y * parts(y).below; }
 
-inline Vec slope(Vec y) {
-  const Parts of = parts(y);
-  return of.below + y * of.density * 0.39894228f;
-}
+inline Vec slope(Vec y, const Parts& of) { return of.below + y * of.density * 0.39894228f; }
+inline Vec slope(Vec y) { return slope(y, parts(y)); }
 
 }  // namespace

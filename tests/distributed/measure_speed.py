@@ -11,7 +11,8 @@
 Arms take turns in rounds; medians with 95 % intervals. A step is forward and backward with the layers' balance losses
 and without the optimiser; gradients stay from step to step and are set to zero in it, except in the arms that say
 `given back`, which let them go as `optimizer.zero_grad()` does: PyTorch's modules then get fresh memory, our experts
-the same as before. `kernels`: with our kernels in C++ (`use_native_kernels`), which compiled models take by themselves.
+the same as before. `kernels`: with our kernels in C++ (`use_native_kernels`), which compiled models take by themselves;
+experts take theirs in all arms.
 What is freed stays with the process in all arms, as in swinmoe's own commands; with `--allocator default` it is as in a
 process that knows nothing of them, and freshly mapped memory takes its time. An arm finds caches as the arm before left
 them, which next to a library that works through much memory is not as its own steps leave them: `--primed` takes that

@@ -260,7 +260,7 @@ def test_native_kernels_train_as_torch_does(tmp_path: Path) -> None:
         torch.testing.assert_close(_model(folder)[name], value, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.usefixtures("native_kernels")
+@pytest.mark.usefixtures("expert_kernel")
 def test_experts_take_their_kernel_unless_told_not_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     real = expert_mlp.kernel_mlp

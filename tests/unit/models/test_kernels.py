@@ -28,7 +28,7 @@ from swinmoe.models.compile import Compiled
 from swinmoe.moe import Experts, expert_mlp
 
 pytestmark = [
-    pytest.mark.usefixtures("native_kernels"),
+    pytest.mark.usefixtures("expert_kernel"),
     # Dynamo looks at `.grad` of every input, also of a map that comes from the block before.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from swinmoe.moe.activations import Activation, Gelu, Relu, SwiGlu
 from swinmoe.moe.expert_kernel import kernel_mlp, takes
 from swinmoe.moe.expert_mlp import blocked_mlp, expert_mlp, plain_mlp
 
-pytestmark = pytest.mark.usefixtures("native_kernels")
+pytestmark = pytest.mark.usefixtures("expert_kernel")
 
 COUNTS = [[10, 0, 7], [5, 15, 0]]
 Way = Callable[[Tensor, ExpertWeights], Tensor]
@@ -204,27 +203,21 @@ def test_takes_only_what_it_computes(case: str, monkeypatch: pytest.MonkeyPatch)
             assert not takes(x, w, Gelu())
 
 
-@pytest.mark.parametrize("change", [{"dropout": 0.1}, {"native": False}, {}])
-def test_experts_that_may_not_take_it_do_not(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
-        raise AssertionError("not to be taken")
-
+@pytest.mark.parametrize(("dropout", "native", "taken"), [(0.0, True, 1), (0.1, True, 0), (0.0, False, 0)])
+def test_experts_take_it_where_they_may(
+    dropout: float, native: bool, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr("swinmoe.moe.expert_mlp.kernel_mlp", lambda *given: calls.append(1) or kernel_mlp(*given))
     x, w = make()
-    monkeypatch.setattr("swinmoe.moe.expert_mlp.kernel_mlp", refuse)
-    given = {"dropout": 0.0, "native": True} if not change else {"dropout": 0.0, "native": True} | change
-    segments = torch.tensor(COUNTS)
-    if change:
-        expert_mlp(x, segments, w, Gelu(), **given)  # type: ignore[arg-type]
-    else:
-        with pytest.raises(AssertionError, match="not to be taken"):
-            expert_mlp(x, segments, w, Gelu(), **given)  # type: ignore[arg-type]
+    expert_mlp(x, torch.tensor(COUNTS), w, Gelu(), dropout, native)
+    assert len(calls) == taken
 
 
 @pytest.mark.parametrize("dispatcher", ["ragged", "padded"])
 def test_layers_take_it_by_themselves(dispatcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    real = expert_kernel.kernel_mlp
-    monkeypatch.setattr("swinmoe.moe.expert_mlp.kernel_mlp", lambda *given: taken.append(1) or real(*given))
+    monkeypatch.setattr("swinmoe.moe.expert_mlp.kernel_mlp", lambda *given: taken.append(1) or kernel_mlp(*given))
     layer = MoEMlp(MoEConfig(num_experts=4, dispatcher=dispatcher), dim=24, hidden_dim=40)
     x = torch.randn(50, 24)
     y = layer(x)[0]

@@ -71,7 +71,7 @@ def ours(
         grads[name].zero_()
     grads |= {n: given.pop(n) for n in NAMES if n in given}
     adds = {"add_fc1": False, "add_fc2": False} | given
-    backward(slope, x, counts, w1, w2, pre, activation, **grads, **adds)  # type: ignore[arg-type]
+    backward(slope, x, counts, w1, w2, pre, activation, **grads, **adds)
     return y, dict(grads)
 
 
@@ -81,28 +81,27 @@ def close(mine: Tensor | None, other: Tensor) -> None:
     torch.testing.assert_close(mine.double(), other, rtol=0, atol=3e-6 * scale)
 
 
+def check(counts: list[list[int]], dim: int, hidden: int, activation: str = "gelu") -> None:
+    """Output and all gradients against `exact`."""
+    tensors = make(counts, dim, hidden, experts=0 if counts else 2)
+    slope = torch.randn_like(tensors[0])
+    y, grads = ours(counts, tensors, slope, activation)
+    expected, others = exact(counts, tensors, slope, activation)
+    close(y, expected)
+    for name, other in zip(NAMES, others, strict=True):
+        close(grads[name], other)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("dim, hidden", [(40, 50), (32, 64), (1, 1), (96, 33)])
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 def test_equals_a_loop_in_double_precision(counts: list[list[int]], dim: int, hidden: int, threads: int) -> None:
     torch.set_num_threads(threads)
-    tensors = make(counts, dim, hidden, experts=0 if counts else 2)
-    slope = torch.randn_like(tensors[0])
-    y, grads = ours(counts, tensors, slope)
-    expected, others = exact(counts, tensors, slope, "gelu")
-    close(y, expected)
-    for name, other in zip(NAMES, others, strict=True):
-        close(grads[name], other)
+    check(counts, dim, hidden)
 
 
 def test_relu() -> None:
-    tensors = make(SOME, 40, 50)
-    slope = torch.randn_like(tensors[0])
-    y, grads = ours(SOME, tensors, slope, "relu")
-    expected, others = exact(SOME, tensors, slope, "relu")
-    close(y, expected)
-    for name, other in zip(NAMES, others, strict=True):
-        close(grads[name], other)
+    check(SOME, 40, 50, "relu")
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
@@ -110,13 +109,8 @@ def test_what_is_kept_may_lie_in_pieces(rows: int, monkeypatch: pytest.MonkeyPat
     """Tiles end where pieces do."""
     monkeypatch.setattr(experts, "_CHUNK_BYTES", rows * 50 * 4)
     tensors = make(SOME, 40, 50)
-    slope = torch.randn_like(tensors[0])
     assert len(forward(tensors[0], SOME, *tensors[1:], "gelu", True)[1]) == -(-37 // rows)
-    y, grads = ours(SOME, tensors, slope)
-    expected, others = exact(SOME, tensors, slope, "gelu")
-    close(y, expected)
-    for name, other in zip(NAMES, others, strict=True):
-        close(grads[name], other)
+    check(SOME, 40, 50)
 
 
 def test_weight_gradients_are_added_where_asked() -> None:
@@ -187,7 +181,8 @@ def test_long_sums_keep_their_digits() -> None:
     _, grads = ours([[rows]], (x, w1, b1, w2, b2), slope)
     _, others = exact([[rows]], (x, w1, b1, w2, b2), slope, "gelu")
     for name, other in zip(NAMES, others, strict=True):
-        torch.testing.assert_close(grads[name].double(), other, rtol=2e-5, atol=0)  # type: ignore[union-attr]
+        rtol = 5e-6 if "b" in name else 2e-5  # of biases at most 256 rows are summed in single precision
+        torch.testing.assert_close(grads[name].double(), other, rtol=rtol, atol=0)
 
 
 def test_strides_of_what_is_given_do_not_matter() -> None:
@@ -235,7 +230,7 @@ def test_what_the_kernel_would_misread_is_refused(change: dict[str, Any], messag
     x, w1, b1, w2, b2 = make(SOME, 40, 50)
     given = {"x": x, "counts": SOME, "fc1": w1, "b1": b1, "fc2": w2, "b2": b2, "activation": "gelu", "training": True}
     with pytest.raises(ValueError, match=message):
-        forward(**{**given, **change})  # type: ignore[arg-type]
+        forward(**{**given, **change})
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_a_dense_step_by_hand() -> None:
     assert found["activations"] >= 4 * (8 + 6 + 6) + weight
 
 
-@pytest.mark.usefixtures("native_kernels")
+@pytest.mark.usefixtures("expert_kernel")
 @pytest.mark.parametrize(("native", "hidden"), [(True, 1), (False, 2)])
 def test_experts_and_what_travels_to_them_are_told_apart(native: bool, hidden: int) -> None:
     """Of hidden rows the kernel keeps what enters the activation, operators what leaves it too."""
