@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from swinmoe.errors import BackendUnavailableError
-from swinmoe.native import experts_available, kernels
+from swinmoe.native import kernels, why_no_experts
 
 
 @pytest.fixture(autouse=True)
@@ -35,5 +35,5 @@ def native_kernels() -> None:
 @pytest.fixture
 def expert_kernel(native_kernels: None) -> None:
     """For tests of layers that take the kernel of experts by themselves."""
-    if not experts_available():
+    if why_no_experts():
         pytest.skip("this processor's vectors are too narrow for experts to take their kernel by themselves")

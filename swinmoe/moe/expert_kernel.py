@@ -1,4 +1,4 @@
-"""Experts by our kernel in C++ (`swinmoe.native`): float32 on a CPU, GELU or ReLU, no dropout.
+"""Experts by our kernel in C++ (`swinmoe.native`): float32 on a CPU, GELU or ReLU.
 
 Shapes: N rows ordered (source, local expert), S sources, e experts here, D width, F hidden width.
 """
@@ -18,16 +18,17 @@ from swinmoe.moe.activations import Activation, Gelu, Relu
 from swinmoe.moe.precision import autocast_dtype
 from swinmoe.moe.types import ExpertWeights
 from swinmoe.moe.weight_gradients import destination, graph_of_backward
-from swinmoe.native import expert_mlp_backward, expert_mlp_forward, experts_available
+from swinmoe.native import expert_mlp_backward, expert_mlp_forward, why_no_experts
 
-_NAMES: dict[type[Activation], Any] = {Gelu: "gelu", Relu: "relu"}
+KNOWN: dict[type[Activation], Any] = {Gelu: "gelu", Relu: "relu"}
+"""Activations, and the kernel's names for them."""
 _one_at_a_time = threading.Lock()
 """Backward passes of several threads may add to one gradient; autograd's own addition has such a lock too."""
 
 
 def takes(rows: Tensor, w: ExpertWeights, activation: Activation) -> bool:
     """Whether the kernel computes this; asks for a compiler only where all else fits."""
-    if type(activation) not in _NAMES or rows.device.type != "cpu" or torch.compiler.is_compiling():
+    if type(activation) not in KNOWN or rows.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     if autocast_dtype(rows) not in (None, torch.float32):
         return False
@@ -35,15 +36,21 @@ def takes(rows: Tensor, w: ExpertWeights, activation: Activation) -> bool:
     tensors = [t for t in (rows, w.fc1, w.b1, w.fc2, w.b2) if t is not None]
     if any(type(t) not in (Tensor, nn.Parameter) or t.dtype != torch.float32 for t in tensors):
         return False
-    return w.fc1.is_contiguous() and w.fc2.is_contiguous() and experts_available()
+    return w.fc1.is_contiguous() and w.fc2.is_contiguous() and not why_no_experts()
 
 
-def kernel_mlp(rows: Tensor, counts: list[list[int]], w: ExpertWeights, activation: Activation) -> Tensor:
-    """fc2_e(activation(fc1_e(row))) where `takes` says so; weight gradients as in `weight_gradients`."""
+def kernel_mlp(
+    rows: Tensor, counts: list[list[int]], w: ExpertWeights, activation: Activation, dropout: float = 0.0
+) -> Tensor:
+    """fc2_e(dropout(activation(fc1_e(row)))) where `takes` says so; weight gradients as in `weight_gradients`.
+
+    Units are dropped as one draw from the global generator says, so that recomputation drops the same.
+    """
     tensors = (rows, w.fc1, w.b1, w.fc2, w.b2)
     # Inside `forward` gradient mode is off, whoever calls: ask here whether a backward pass can follow.
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    out: Tensor = _KernelMlp.apply(*tensors, counts, _NAMES[type(activation)], training)
+    seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None)) if dropout else 0
+    out: Tensor = _KernelMlp.apply(*tensors, counts, KNOWN[type(activation)], dropout, seed, training)
     return out
 
 
@@ -58,16 +65,18 @@ class _KernelMlp(torch.autograd.Function):
         b2: Tensor | None,
         counts: list[list[int]],
         activation: Any,
+        dropout: float,
+        seed: int,
         training: bool,
     ) -> Tensor:
-        out, pre = expert_mlp_forward(rows, counts, fc1, b1, fc2, b2, activation, training)
+        out, pre = expert_mlp_forward(rows, counts, fc1, b1, fc2, b2, activation, training, dropout, seed)
         if training:
             ctx.save_for_backward(rows, fc1, fc2, *pre)
             # Saved tensors may come back as copies (checkpointing, offloading); only the parameter itself has `.grad`.
             # Gathered weights are no parameters, and to keep them would undo what checkpointing saves.
             # One that is both weights at once would be written from two sides.
             ctx.parameters = tuple(weight if weight.is_leaf and fc1 is not fc2 else None for weight in (fc1, fc2))
-            ctx.counts, ctx.activation = counts, activation
+            ctx.counts, ctx.activation, ctx.dropout = counts, activation, (dropout, seed)
         return out
 
     @staticmethod
@@ -95,6 +104,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             fc2,
             pre,
             ctx.activation,
+            *ctx.dropout,
             grad_x=grad_rows,
             grad_fc1=None if of_fc1 is None else of_fc1.written,
             grad_b1=grad_b1,
@@ -104,7 +114,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             add_fc2=add_fc2,
         )
     found = [None if g is None else g.result() for g in (of_fc1, of_fc2)]
-    return grad_rows, found[0], grad_b1, found[1], grad_b2, None, None, None
+    return grad_rows, found[0], grad_b1, found[1], grad_b2, None, None, None, None, None
 
 
 class _Destination:

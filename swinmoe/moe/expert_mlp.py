@@ -79,8 +79,8 @@ def _mlp(
     rows: Tensor, counts: list[list[int]], w: ExpertWeights, activation: Activation, dropout: float, native: bool
 ) -> Tensor:
     assert sum(map(sum, counts)) == len(rows), (counts, rows.shape)
-    if native and not dropout and takes(rows, w, activation):
-        return kernel_mlp(rows, counts, w, activation)
+    if native and takes(rows, w, activation):
+        return kernel_mlp(rows, counts, w, activation, dropout)
     if _has_grouped_kernel(rows, w):
         return grouped_mlp(rows, counts, w, activation, dropout)
     if rows.device.type == "cpu" and not torch.compiler.is_compiling():

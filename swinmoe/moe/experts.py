@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from swinmoe.config.moe import ExpertConfig
 from swinmoe.moe.activations import Activation, Gelu, Relu, SwiGlu
+from swinmoe.moe.expert_kernel import KNOWN
 from swinmoe.moe.expert_mlp import expert_mlp
 from swinmoe.moe.registry import register_expert
 from swinmoe.moe.types import ExpertFn, ExpertWeights
+from swinmoe.native import why_no_experts
 from swinmoe.randomness import generator
 
 Device = torch.device | str | None
@@ -85,6 +87,22 @@ class Experts(nn.Module):
         """What one pass does with rows and weights; holds no parameters."""
         dropout = self.dropout if training else 0.0
         return partial(expert_mlp, activation=self.activation, dropout=dropout, native=self.native)
+
+    def why_no_kernel(self) -> str:
+        """Why a float32 pass does not take our kernel in C++ where the weights now are; "" where it does."""
+        if type(self).function is not Experts.function:
+            return "they compute in a way of their own"
+        weight = self.fc1_weight
+        if weight.device.type != "cpu":
+            return f"it is for CPUs, and they are on {weight.device.type}"
+        if not self.native:
+            return "they were told not to take it"
+        if weight.dtype != torch.float32:
+            return f"it takes float32, and they are {weight.dtype}".replace("torch.", "")
+        if type(self.activation) not in KNOWN:
+            names = " and ".join(KNOWN.values())
+            return f"it has {names} between the layers, and they {type(self.activation).__name__}"
+        return why_no_experts()
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""

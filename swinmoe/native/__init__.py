@@ -7,7 +7,7 @@ that of experts is a pair, for a caller who knows where gradients belong.
 
 from swinmoe.native.attention import window_attention
 from swinmoe.native.build import compilers, kernels
-from swinmoe.native.experts import expert_mlp_backward, expert_mlp_forward, experts_available
+from swinmoe.native.experts import expert_mlp_backward, expert_mlp_forward, why_no_experts
 from swinmoe.native.gelu import biased_gelu
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "compilers",
     "expert_mlp_backward",
     "expert_mlp_forward",
-    "experts_available",
     "kernels",
+    "why_no_experts",
     "window_attention",
 ]

@@ -1,4 +1,4 @@
-// Experts' MLPs, fc2_e(activation(fc1_e(row))) for the rows of every expert e, forward and backward.
+// Experts' MLPs, fc2_e(dropout(activation(fc1_e(row)))) for the rows of every expert e, forward and backward.
 //
 // Weights of many experts and their gradients are most of what such a layer moves through memory. Here a panel of
 // weights is fetched and packed while the one before is multiplied, bias and activation are done on a tile while it is
@@ -7,6 +7,7 @@
 // Shapes: N rows, S sources and e experts here (rows are ordered so), D width, F hidden width. Matrices are row by row:
 // fc1 (e, F, D), b1 (e, F), fc2 (e, D, F), b2 (e, D). Pre-activations lie in chunks of rows (*, F).
 
+#include "dropout.h"
 #include "gelu.h"
 #include "vectors.h"
 
@@ -16,6 +17,7 @@
 #include <initializer_list>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -440,9 +442,10 @@ struct Forward {
   const float *x, *fc1, *b1, *fc2, *b2;
   float* out;         // (N, D)
   float* const* pre;  // chunks, or null where no backward pass follows
+  Dropout dropout;
 };
 
-template <class Activation>
+template <class Activation, bool DROPS>
 void forward(const Mlp& m, const Forward& t, int64_t threads) {
   const int64_t D = m.dim, F = m.hidden, stride = m.stride();
   const int64_t depth = std::max(D, F);
@@ -485,18 +488,22 @@ void forward(const Mlp& m, const Forward& t, int64_t threads) {
           if (kept) fetched.then_written = rows_of(kept, F, rows);
           fetched.weights = next.ahead(part, parts);
           multiply<false>(rows, D, t.x + from * D, D, now.panel, tile, fetched);
-          for (int64_t r = 0; r < rows; r++)
+          for (int64_t r = 0; r < rows; r++) {
+            const uint64_t key = DROPS ? t.dropout.key(from + r) : 0;
             for (int v = 0; v < 2; v++) {
               const Vec y = load(tile + r * kAcross + v * LANES) + bias[v];
               const int64_t some = n - v * LANES;
+              Vec value = Activation::value(y);
+              if (DROPS) value *= t.dropout.factors(key, f + v * LANES);
               if (some >= LANES) {
                 if (kept) store(kept + r * F + v * LANES, y);
-                store(to + r * stride + v * LANES, Activation::value(y));
+                store(to + r * stride + v * LANES, value);
               } else if (some > 0) {
                 if (kept) store_some(kept + r * F + v * LANES, y, some);
-                store_some(to + r * stride + v * LANES, Activation::value(y), some);
+                store_some(to + r * stride + v * LANES, value, some);
               }
             }
+          }
           next.go_on(part++, parts);
         });
         now = next;
@@ -534,9 +541,10 @@ struct Backward {
   const float* const* pre;
   float *grad_x, *grad_fc1, *grad_b1, *grad_fc2, *grad_b2;  // null where nobody wants it; biases' begin as zeros
   bool add_fc1, add_fc2;                                    // to what is there, or written over it
+  Dropout dropout;
 };
 
-template <class Activation>
+template <class Activation, bool DROPS>
 void backward(const Mlp& m, const Backward& t, int64_t threads) {
   const int64_t D = m.dim, F = m.hidden, stride = m.stride(), across_f = m.panels(false), across_d = m.panels(true);
   const int64_t depth = std::max(D, F), of_left = m.longest * kDown + LANES, of_x = m.longest * across_d * kAcross;
@@ -591,9 +599,9 @@ void backward(const Mlp& m, const Backward& t, int64_t threads) {
           for (int64_t p = from; p < to; p++) {
             const float* values = room[1] + (unit.at * across_f + p * rows) * kAcross;
             float* to = t.grad_fc2 + (e * D + d) * F + p * kAcross;
+            const int64_t across = std::min<int64_t>(kAcross, F - p * kAcross);
             multiply<true>(n, rows, left, 0, values, tile, {rows_of(to, F, n)});
-            for (int64_t r = 0; r < n; r++)
-              put(to + r * F, tile + r * kAcross, std::min<int64_t>(kAcross, F - p * kAcross), add);
+            for (int64_t r = 0; r < n; r++) put(to + r * F, tile + r * kAcross, across, add);
           }
         }
       }
@@ -613,9 +621,9 @@ void backward(const Mlp& m, const Backward& t, int64_t threads) {
           pack_left(grad_pre + f, stride, n, rows, f + LANES <= end, left);  // no column that others may be writing
           for (int64_t p = 0; p < across_d; p++) {
             float* to = t.grad_fc1 + (e * F + f) * D + p * kAcross;
+            const int64_t across = std::min<int64_t>(kAcross, D - p * kAcross);
             multiply<true>(n, rows, left, 0, x + p * rows * kAcross, tile, {rows_of(to, D, n)});
-            for (int64_t r = 0; r < n; r++)
-              put(to + r * D, tile + r * kAcross, std::min<int64_t>(kAcross, D - p * kAcross), add);
+            for (int64_t r = 0; r < n; r++) put(to + r * D, tile + r * kAcross, across, add);
           }
         }
       }
@@ -636,16 +644,23 @@ void backward(const Mlp& m, const Backward& t, int64_t threads) {
           float* to = grad_pre + row * stride + f;
           const Fetched fetched{rows_of(to, stride, rows), {}, rows_of(pre, F, rows), next.ahead(part, parts)};
           multiply<false>(rows, D, t.grad + from * D, D, now.panel, tile, fetched);
-          for (int64_t r = 0; r < rows; r++)
+          for (int64_t r = 0; r < rows; r++) {
+            const uint64_t key = DROPS ? t.dropout.key(from + r) : 0;
             for (int v = 0; v < 2; v++) {
               const Vec y = load_up_to(pre + r * F + v * LANES, n - v * LANES);
               Vec value, slope;
               Activation::both(y, value, slope);
+              if (DROPS) {
+                const Vec factors = t.dropout.factors(key, f + v * LANES);
+                value *= factors;
+                slope *= factors;
+              }
               store(values + (row + r) * kAcross + v * LANES, value);
               const Vec grad = load(tile + r * kAcross + v * LANES) * slope;
               sums.add(v, grad);
               if (n - v * LANES > 0) store(to + r * stride + v * LANES, grad);  // rows have room for a vector more
             }
+          }
           sums.seen(rows);
           next.go_on(part++, parts);
         });
@@ -686,35 +701,44 @@ void backward(const Mlp& m, const Backward& t, int64_t threads) {
   }
 }
 
+// Calls f with an activation and whether units are dropped, as types.
+template <class F>
+void as_types(int64_t activation, bool drops, F f) {
+  const auto with = [&](auto a) { drops ? f(a, std::true_type()) : f(a, std::false_type()); };
+  activation ? with(Relu()) : with(Gelu());
+}
+
 }  // namespace
 
 extern "C" {
 
 int swinmoe_lanes() { return LANES; }
 
-// activation: 0 is GELU, 1 is ReLU. 0, or 1 if there was no memory.
+// activation: 0 is GELU, 1 is ReLU; dropped: of 2^32 hidden units. 0, or 1 if there was no memory.
 int swinmoe_expert_mlp_forward(int64_t sources, int64_t experts, int64_t dim, int64_t hidden, int64_t chunk,
-                               int64_t activation, int64_t threads, const int64_t* counts, const float* x,
-                               const float* fc1, const float* b1, const float* fc2, const float* b2, float* out,
-                               float* const* pre) try {
+                               int64_t activation, int64_t threads, const int64_t* counts, uint64_t seed,
+                               uint32_t dropped, float scale, const float* x, const float* fc1, const float* b1,
+                               const float* fc2, const float* b2, float* out, float* const* pre) try {
   Mlp m{sources, experts, dim, hidden, counts, chunk};
   m.plan(threads);
-  const Forward t{x, fc1, b1, fc2, b2, out, pre};
-  activation ? forward<Relu>(m, t, threads) : forward<Gelu>(m, t, threads);
+  const Forward t{x, fc1, b1, fc2, b2, out, pre, {seed, dropped, scale}};
+  as_types(activation, dropped, [&](auto a, auto d) { forward<decltype(a), decltype(d)::value>(m, t, threads); });
   return 0;
 } catch (...) {  // no memory, in one form or another
   return 1;
 }
 
 int swinmoe_expert_mlp_backward(int64_t sources, int64_t experts, int64_t dim, int64_t hidden, int64_t chunk,
-                                int64_t activation, int64_t threads, const int64_t* counts, const float* grad,
-                                const float* x, const float* fc1, const float* fc2, const float* const* pre,
-                                float* grad_x, float* grad_fc1, float* grad_b1, float* grad_fc2, float* grad_b2,
-                                int64_t add_fc1, int64_t add_fc2) try {
+                                int64_t activation, int64_t threads, const int64_t* counts, uint64_t seed,
+                                uint32_t dropped, float scale, const float* grad, const float* x, const float* fc1,
+                                const float* fc2, const float* const* pre, float* grad_x, float* grad_fc1,
+                                float* grad_b1, float* grad_fc2, float* grad_b2, int64_t add_fc1, int64_t add_fc2) try {
   Mlp m{sources, experts, dim, hidden, counts, chunk};
   m.plan(threads);
-  const Backward t{grad, x, fc1, fc2, pre, grad_x, grad_fc1, grad_b1, grad_fc2, grad_b2, add_fc1 != 0, add_fc2 != 0};
-  activation ? backward<Relu>(m, t, threads) : backward<Gelu>(m, t, threads);
+  const Dropout dropout{seed, dropped, scale};
+  const Backward t{grad,    x,        fc1,     fc2,          pre,          grad_x, grad_fc1,
+                   grad_b1, grad_fc2, grad_b2, add_fc1 != 0, add_fc2 != 0, dropout};
+  as_types(activation, dropped, [&](auto a, auto d) { backward<decltype(a), decltype(d)::value>(m, t, threads); });
   return 0;
 } catch (...) {  // no memory, in one form or another
   return 1;

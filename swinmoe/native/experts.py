@@ -35,12 +35,13 @@ touching fresh pages costs as much as the activation itself."""
 
 
 @functools.cache
-def experts_available() -> bool:
-    """Whether the kernel can be had and pays here: tried once, and then known."""
+def why_no_experts() -> str:
+    """Why the kernel cannot be had here, or does not pay; "" where it does both: tried once, and then known."""
     try:
-        return int(kernels().swinmoe_lanes()) >= _LEAST_LANES
-    except BackendUnavailableError:
-        return False
+        lanes = int(kernels().swinmoe_lanes())
+    except BackendUnavailableError as error:
+        return str(error)
+    return "" if lanes >= _LEAST_LANES else f"nobody has seen it gain with vectors of {lanes} numbers"
 
 
 def expert_mlp_forward(
@@ -52,8 +53,10 @@ def expert_mlp_forward(
     b2: Tensor | None,
     activation: Activation,
     training: bool,
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
-    """fc2_e(activation(fc1_e(row))) for the rows of every expert e; float32 on a CPU, and no autograd.
+    """fc2_e(dropout(activation(fc1_e(row)))) for the rows of every expert e; float32 on a CPU, and no autograd.
 
     Args:
         x: (N, D).
@@ -61,6 +64,8 @@ def expert_mlp_forward(
         fc1, b1, fc2, b2: (e, F, D), (e, F) or None, (e, D, F), (e, D) or None.
         activation: "gelu", exact, or "relu".
         training: whether to keep what the backward pass needs.
+        dropout: probability, in [0, 1), rounded to 1/2^32; those that stay are scaled so that the mean stays.
+        seed: any int64; it, a unit's row and its place there decide whether that stays, whatever else there is.
 
     Returns:
         (N, D), and pre-activations in pieces, which are empty where nothing is kept.
@@ -70,7 +75,7 @@ def expert_mlp_forward(
         ValueError: other numbers or shapes than these.
     """
     flat = [count for source in counts for count in source]
-    given = torch.ops.swinmoe.expert_mlp(x, flat, fc1, b1, fc2, b2, activation, training)
+    given = torch.ops.swinmoe.expert_mlp(x, flat, fc1, b1, fc2, b2, activation, training, dropout, seed)
     return cast(tuple[Tensor, list[Tensor]], given)
 
 
@@ -82,6 +87,8 @@ def expert_mlp_backward(
     fc2: Tensor,
     pre: Sequence[Tensor],
     activation: Activation,
+    dropout: float = 0.0,
+    seed: int = 0,
     *,
     grad_x: Tensor | None,
     grad_fc1: Tensor | None,
@@ -95,7 +102,7 @@ def expert_mlp_backward(
 
     Args:
         grad: (N, D), of the output.
-        x, counts, fc1, fc2, activation: as they were given forward.
+        x, counts, fc1, fc2, activation, dropout, seed: as they were given forward.
         pre: what the forward pass kept.
         grad_x: (N, D), contiguous; written.
         grad_fc1, grad_fc2: like the weights, contiguous; written, or added to what is there with `add_fc1`, `add_fc2`.
@@ -106,8 +113,9 @@ def expert_mlp_backward(
         ValueError: other numbers or shapes than these.
     """
     flat = [count for source in counts for count in source]
-    given = (grad, x, flat, fc1, fc2, pre, activation, grad_x, grad_fc1, grad_b1, grad_fc2, grad_b2, add_fc1, add_fc2)
-    torch.ops.swinmoe.expert_mlp_backward(*given)
+    given = (grad, x, flat, fc1, fc2, pre, activation, dropout, seed)
+    wanted = (grad_x, grad_fc1, grad_b1, grad_fc2, grad_b2)
+    torch.ops.swinmoe.expert_mlp_backward(*given, *wanted, add_fc1, add_fc2)
 
 
 def _forward(
@@ -119,14 +127,16 @@ def _forward(
     b2: Tensor | None,
     activation: str,
     training: bool,
+    dropout: float,
+    seed: int,
 ) -> tuple[Tensor, list[Tensor]]:
     x, fc1, fc2 = x.contiguous(), fc1.contiguous(), fc2.contiguous()
     b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
     sizes = _sizes(x, counts, fc1, fc2, activation, b1=b1, b2=b2)
-    out, pre = _forward_shapes(x, counts, fc1, b1, fc2, b2, activation, training)
-    rows = _numbers(counts)
+    out, pre = _forward_shapes(x, counts, fc1, b1, fc2, b2, activation, training, dropout, seed)
     kept = _addresses(pre) if training else None
-    finish(kernels().swinmoe_expert_mlp_forward(*sizes, rows, *map(address, (x, fc1, b1, fc2, b2, out)), kept))
+    told = (*sizes, _numbers(counts), *_dropping(dropout, seed))
+    finish(kernels().swinmoe_expert_mlp_forward(*told, *map(address, (x, fc1, b1, fc2, b2, out)), kept))
     return out, pre
 
 
@@ -139,6 +149,8 @@ def _forward_shapes(
     b2: Tensor | None,
     activation: str,
     training: bool,
+    dropout: float,
+    seed: int,
 ) -> tuple[Tensor, list[Tensor]]:
     rows, hidden = x.shape[0], fc1.shape[1]
     step = _rows_of_chunk(hidden)
@@ -155,6 +167,8 @@ def _backward(
     fc2: Tensor,
     pre: list[Tensor],
     activation: str,
+    dropout: float,
+    seed: int,
     grad_x: Tensor | None,
     grad_fc1: Tensor | None,
     grad_b1: Tensor | None,
@@ -175,14 +189,15 @@ def _backward(
             expect(fits, f"{name} of shape {tuple(t.shape)} must be contiguous and of shape {tuple(shapes[name])}")
     pre = [p.contiguous() for p in pre]  # what was saved may come back otherwise laid out
     expect_numbers(**{f"pre[{i}]": p for i, p in enumerate(pre)})
-    _, like = _forward_shapes(x.to("meta"), counts, fc1, None, fc2, None, activation, True)
+    _, like = _forward_shapes(x.to("meta"), counts, fc1, None, fc2, None, activation, True, dropout, seed)
     expect(
         [p.shape for p in pre] == [p.shape for p in like],
         "pre is not what the forward pass kept of these rows; give it as it was returned",
     )
     places = (*map(address, (grad, x, fc1, fc2)), _addresses(pre), *map(address, written.values()))
     adds = map(ctypes.c_int64, (add_fc1, add_fc2))
-    finish(kernels().swinmoe_expert_mlp_backward(*sizes, _numbers(counts), *places, *adds))
+    told = (*sizes, _numbers(counts), *_dropping(dropout, seed))
+    finish(kernels().swinmoe_expert_mlp_backward(*told, *places, *adds))
 
 
 def _sizes(
@@ -211,6 +226,14 @@ def _sizes(
     return tuple(map(ctypes.c_int64, (*sizes, _ACTIVATIONS.index(activation), torch.get_num_threads())))
 
 
+def _dropping(dropout: float, seed: int) -> tuple[ctypes.c_uint64, ctypes.c_uint32, ctypes.c_float]:
+    """What the kernel is told of dropout: a seed, how many of 2^32 units go, and the factor of those that stay."""
+    expect(0 <= dropout < 1, f"dropout {dropout} is a probability in [0, 1)")
+    most = 2**32 - 1
+    dropped = min(max(round(dropout * 2**32), 1), most) if dropout else 0
+    return ctypes.c_uint64(seed % 2**64), ctypes.c_uint32(dropped), ctypes.c_float(2**32 / (2**32 - dropped))
+
+
 def _rows_of_chunk(hidden: int) -> int:
     return max(1, _CHUNK_BYTES // (4 * max(1, hidden)))
 
@@ -225,16 +248,16 @@ def _addresses(pieces: list[Tensor]) -> Any:
 
 define(
     "expert_mlp",
-    "(Tensor x, int[] counts, Tensor fc1, Tensor? b1, Tensor fc2, Tensor? b2, str activation, bool training)"
-    " -> (Tensor, Tensor[])",
+    "(Tensor x, int[] counts, Tensor fc1, Tensor? b1, Tensor fc2, Tensor? b2, str activation, bool training,"
+    " float dropout, int seed) -> (Tensor, Tensor[])",
     _forward,
     _forward_shapes,
 )
 define(
     "expert_mlp_backward",
-    "(Tensor grad, Tensor x, int[] counts, Tensor fc1, Tensor fc2, Tensor[] pre, str activation, Tensor(a!)? grad_x,"
-    " Tensor(b!)? grad_fc1, Tensor(c!)? grad_b1, Tensor(d!)? grad_fc2, Tensor(e!)? grad_b2, bool add_fc1, bool add_fc2)"
-    " -> ()",
+    "(Tensor grad, Tensor x, int[] counts, Tensor fc1, Tensor fc2, Tensor[] pre, str activation, float dropout,"
+    " int seed, Tensor(a!)? grad_x, Tensor(b!)? grad_fc1, Tensor(c!)? grad_b1, Tensor(d!)? grad_fc2,"
+    " Tensor(e!)? grad_b2, bool add_fc1, bool add_fc2) -> ()",
     _backward,
     lambda *_: None,
 )
@@ -249,7 +272,8 @@ def _flops(x: Sequence[int], counts: Any, fc1: Sequence[int], *_: Any, out_val: 
 @register_flop_formula(torch.ops.swinmoe.expert_mlp_backward)
 def _flops_backward(
     grad: Sequence[int], x: Sequence[int], counts: Any, fc1: Sequence[int], fc2: Any, pre: Any, activation: Any,
-    grad_x: Any, grad_fc1: Any, grad_b1: Any, grad_fc2: Any, *_: Any, out_val: Any = None, **__: Any,
+    dropout: Any, seed: Any, grad_x: Any, grad_fc1: Any, grad_b1: Any, grad_fc2: Any, *_: Any, out_val: Any = None,
+    **__: Any,
 ) -> int:  # fmt: skip
     """That of the hidden units' gradients, and one for each of the others that is wanted."""
     return 2 * x[0] * fc1[1] * fc1[2] * (1 + sum(t is not None for t in (grad_x, grad_fc1, grad_fc2)))

@@ -4,7 +4,8 @@ Every line is one JSON object with a `kind`:
 
 - `run`: command, name, config (resolved), environment (versions, machine, commit), time
 - `arm`: arm, seed, params_total, params_active, flops_per_image (forward), train_flops_per_image, moe_layers (names),
-  num_experts, top_k, dispatcher (in use on rank 0), dispatcher_reason (why `auto` took it), compiled (names of
+  num_experts, top_k, dispatcher (in use on rank 0), dispatcher_reason (why `auto` took it),
+  experts_in_kernel (whether experts take our kernel in C++), experts_in_kernel_reason (why not), compiled (names of
   blocks), steps (planned), config
 - `load`: arm, seed, source, weights (`model` or `average`), loaded, unused, missing (names), resized, reinitialised
   (name -> how), upcycled, freeze (the policy), frozen (names): what fine-tuning began with

@@ -32,8 +32,8 @@ MAY_DIFFER_ON_RESUME = (
     *("train.compile", "train.native_kernels"),
 )
 """Config keys, and sections, that may change on the way. All but `parallel`, `model.attention_chunks`, `train.compile`
-and `train.native_kernels`, which sum in another order, leave every bit of training as it is; with another number of
-ranks the noise that ranks draw is another."""
+and `train.native_kernels`, which sum in another order and drop other units of experts, leave every bit of training as
+it is; with another number of ranks the noise that ranks draw is another."""
 
 
 @dataclass(frozen=True)

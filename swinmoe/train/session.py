@@ -113,6 +113,11 @@ class Session:
             precision = arm.run.train.precision
             vain = "" if precision == "fp32" else f", in vain: they are fp32 alone, and train.precision={precision}"
             self.progress.say(f"{arm.name:>10} takes our kernels in C++ for attention and all MLPs{vain}")
+        no_kernel = why_no_expert_kernel(arm)
+        if no_kernel == "" and arm.run.train.native_kernels != "all":
+            self.progress.say(f"{arm.name:>10} takes our kernel in C++ for experts")
+        elif no_kernel and arm.device.type == "cpu":
+            self.progress.say(f"{arm.name:>10} computes experts with torch's operators, not our kernel: {no_kernel}")
         self.records.write(
             "arm",
             arm=arm.name,
@@ -126,10 +131,29 @@ class Session:
             top_k=moe.top_k if moe else 0,
             dispatcher=taken,
             dispatcher_reason=reason or None,
+            experts_in_kernel=None if no_kernel is None else not no_kernel,
+            experts_in_kernel_reason=no_kernel or None,
             compiled=None if arm.compiled is None else dataclasses.asdict(arm.compiled),
             steps=arm.length.steps,
             config=to_tree(arm.run),
         )
+
+
+def why_no_expert_kernel(arm: Arm) -> str | None:
+    """Why the experts of `arm` do not take our kernel in C++; "" where they do, None where there are none."""
+    layers = arm.raw.moe_layers()
+    if not layers:
+        return None
+    experts = next(iter(layers.values())).experts  # alike in all layers
+    train = arm.run.train
+    if arm.device.type == "cpu" and train.native_kernels == "none":
+        return "train.native_kernels=none"
+    if arm.device.type == "cpu" and train.precision != "fp32":
+        return f"it takes float32 alone, and train.precision={train.precision}"
+    if arm.compiled is not None and any(name.rpartition(".")[0] in arm.compiled.whole for name in layers):
+        return "they are part of a compiled graph"
+    reason: str = experts.why_no_kernel()
+    return reason
 
 
 def memory_tactics(arm: Arm, world: int) -> list[str]:

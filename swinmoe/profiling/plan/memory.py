@@ -136,14 +136,13 @@ def _block(config: ModelConfig, stage: int, at: Setting) -> _Block:
 
 
 def _rows_kept(spread: Spread) -> float:
-    """Bytes that an expert layer keeps: rows as they enter, both sides of the activation (our kernel: what enters it),
-    rows as they leave; gathered weights."""
+    """Bytes that an expert layer keeps: rows as they enter, both sides of the activation and its dropout's mask (our
+    kernel: what enters them), rows as they leave; gathered weights."""
     layer, at = spread.layer, spread.at
     here, met = spread.rows * layer.dim * at.narrow, spread.rows_computed * at.narrow
     parts = spread.slices // min(spread.parallel.weight_group, spread.slices)
-    masks = layer.hidden if spread.moe.experts.dropout else 0
-    hidden = 0 if at.experts_in_kernel else layer.hidden
-    inside = met * (layer.dim + (layer.fc1_rows + hidden + masks) / parts)
+    after = 0 if at.experts_in_kernel else layer.hidden * (1 + (spread.moe.experts.dropout > 0))
+    inside = met * (layer.dim + (layer.fc1_rows + after) / parts)
     return inside + here + spread.parallel.weight_group * spread.weight_bytes
 
 

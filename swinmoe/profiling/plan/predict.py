@@ -131,7 +131,7 @@ def setting(run: RunConfig, hardware: Hardware, images: int) -> Setting:
     on_cpu, train, moe = hardware.device == "cpu", run.train, run.model.moe
     kernel = on_cpu and train.precision == "fp32" and train.native_kernels != "none"
     if moe is not None:
-        kernel = kernel and moe.experts.type in ("gelu", "relu") and not moe.experts.dropout
+        kernel = kernel and moe.experts.type in ("gelu", "relu")
     return Setting(images, train.precision, hardware.fused_attention, on_cpu, kernel)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from swinmoe.config import MoEConfig
+from swinmoe.config import ExpertConfig, MoEConfig
 from swinmoe.moe import ExpertWeights, MoEMlp, expert_kernel
 from swinmoe.moe.activations import Activation, Gelu, Relu, SwiGlu
 from swinmoe.moe.expert_kernel import kernel_mlp, takes
 from swinmoe.moe.expert_mlp import blocked_mlp, expert_mlp, plain_mlp
+from swinmoe.moe.experts import Experts, GeluExperts, ReluExperts, SwiGluExperts
+from swinmoe.moe.types import ExpertFn
 
 pytestmark = pytest.mark.usefixtures("expert_kernel")
 
@@ -59,18 +62,34 @@ def test_equals_operators_in_double_precision(activation: Activation, biases: bo
     torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
-def test_recomputed_and_offloaded_it_is_the_same_to_the_bit() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_recomputed_and_offloaded_it_is_the_same_to_the_bit(dropout: float) -> None:
+    def plainly(x: Tensor, w: ExpertWeights) -> Tensor:
+        return kernel_mlp(x, COUNTS, w, Gelu(), dropout)
+
     def recomputed(x: Tensor, w: ExpertWeights) -> Tensor:
-        out: Tensor = checkpoint(by_kernel, x, w, use_reentrant=False)
+        out: Tensor = checkpoint(plainly, x, w, use_reentrant=False)
         return out
 
     def offloaded(x: Tensor, w: ExpertWeights) -> Tensor:
         with save_on_cpu():
-            return by_kernel(x, w)
+            return plainly(x, w)
 
-    expected = gradients(by_kernel)
+    expected = gradients(plainly)
     torch.testing.assert_close(gradients(recomputed), expected, rtol=0, atol=0)
     torch.testing.assert_close(gradients(offloaded), expected, rtol=0, atol=0)
+
+
+def test_dropout_follows_the_global_generator() -> None:
+    """Other units each time, the same again from the same state; none without dropout, which draws nothing."""
+    x, w = make()
+    torch.manual_seed(1)
+    first, second = (kernel_mlp(x, COUNTS, w, Gelu(), 0.5) for _ in range(2))
+    torch.manual_seed(1)
+    torch.testing.assert_close(kernel_mlp(x, COUNTS, w, Gelu(), 0.5), first, rtol=0, atol=0)
+    by_kernel(x, w)
+    torch.testing.assert_close(kernel_mlp(x, COUNTS, w, Gelu(), 0.5), second, rtol=0, atol=0)
+    assert not torch.allclose(first, second)
 
 
 def test_weight_gradients_are_added_in_place() -> None:
@@ -151,7 +170,7 @@ def test_what_is_frozen_gets_none(frozen: int) -> None:
 def test_nothing_is_kept_where_no_backward_pass_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     real = expert_kernel.expert_mlp_forward
-    monkeypatch.setattr(expert_kernel, "expert_mlp_forward", lambda *given: asked.append(given[-1]) or real(*given))
+    monkeypatch.setattr(expert_kernel, "expert_mlp_forward", lambda *given: asked.append(given[-3]) or real(*given))
     x, w = make()
     with torch.no_grad():
         by_kernel(x, w)
@@ -199,11 +218,11 @@ def test_takes_only_what_it_computes(case: str, monkeypatch: pytest.MonkeyPatch)
             with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
                 assert not takes(torch.zeros(37, 24), w, Gelu())
         case "no compiler":
-            monkeypatch.setattr(expert_kernel, "experts_available", lambda: False)
+            monkeypatch.setattr(expert_kernel, "why_no_experts", lambda: "no compiler")
             assert not takes(x, w, Gelu())
 
 
-@pytest.mark.parametrize(("dropout", "native", "taken"), [(0.0, True, 1), (0.1, True, 0), (0.0, False, 0)])
+@pytest.mark.parametrize(("dropout", "native", "taken"), [(0.0, True, 1), (0.1, True, 1), (0.0, False, 0)])
 def test_experts_take_it_where_they_may(
     dropout: float, native: bool, taken: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,3 +244,33 @@ def test_layers_take_it_by_themselves(dispatcher: str, monkeypatch: pytest.Monke
     layer.experts.native = False
     torch.testing.assert_close(layer(x)[0], y, rtol=1e-5, atol=1e-6)
     assert taken == [1]
+
+
+class OfTheirOwn(GeluExperts):
+    """Experts that compute something else."""
+
+    def function(self, training: bool) -> ExpertFn:
+        return lambda rows, segments, w: rows
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "reason"),
+    [
+        (GeluExperts, {}, ""),
+        (ReluExperts, {}, ""),
+        (SwiGluExperts, {}, "it has gelu and relu between the layers, and they SwiGlu"),
+        (OfTheirOwn, {}, "they compute in a way of their own"),
+        (GeluExperts, {"dtype": torch.float64}, "it takes float32, and they are float64"),
+        (GeluExperts, {"device": "meta"}, "it is for CPUs, and they are on meta"),
+    ],
+)
+def test_experts_know_why_they_do_not_take_it(
+    kind: type[Experts], change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = kind(ExpertConfig(), num_experts=2, dim=4, hidden=4, name="", seed=0, init_std=0.02, **change)
+    assert made.why_no_kernel() == reason
+    if not reason:
+        monkeypatch.setattr("swinmoe.moe.experts.why_no_experts", lambda: "no compiler")
+        assert made.why_no_kernel() == "no compiler"
+        made.native = False
+        assert made.why_no_kernel() == "they were told not to take it"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from swinmoe.errors import BackendUnavailableError
 from swinmoe.native import expert_mlp_backward as backward
 from swinmoe.native import expert_mlp_forward as forward
-from swinmoe.native import experts, experts_available
+from swinmoe.native import experts, why_no_experts
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 
@@ -44,34 +45,58 @@ def make(counts: list[list[int]], dim: int, hidden: int, experts: int = 0) -> tu
     return torch.randn(rows, dim), w1, torch.randn(num, hidden) / 4, w2, torch.randn(num, dim)
 
 
+def factors(rows: int, hidden: int, dropout: float, seed: int) -> Tensor:
+    """What dropout multiplies hidden units by (N, F): two published hashes, written out on integers of 64 bits."""
+    few, many = np.uint64(2**32 - 1), np.uint64(2**64 - 1)
+    z = (np.uint64(seed % 2**64) + np.arange(1, rows + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) & many
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = (z ^ (z >> np.uint64(31)))[:, None]
+    x = np.arange(hidden, dtype=np.uint64) ^ (z & few)
+    x = (x ^ (x >> np.uint64(16))) * np.uint64(0x7FEB352D) & few
+    x = ((x ^ (x >> np.uint64(15))) + (z >> np.uint64(32))) * np.uint64(0x846CA68B) & few
+    dropped = round(dropout * 2**32)
+    stays = torch.from_numpy(((x ^ (x >> np.uint64(16))) >= np.uint64(dropped)).astype(np.float64))
+    return stays * 2**32 / (2**32 - dropped)
+
+
 def exact(
-    counts: list[list[int]], tensors: tuple[Tensor, ...], slope: Tensor, activation: str
+    counts: list[list[int]], tensors: tuple[Tensor, ...], slope: Tensor, activation: str, times: Tensor | float = 1.0
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Output and gradients in float64."""
+    """Output and gradients in float64; hidden units are multiplied by `times` (N, F)."""
     given = [t.double().requires_grad_() for t in tensors]
     x, w1, b1, w2, b2 = given
-    pieces = iter(x.split([count for source in counts for count in source]))
+    sizes = [count for source in counts for count in source]
+    pieces = iter(x.split(sizes))
+    masks = iter(torch.as_tensor(times).double().expand(len(x), w1.shape[1]).split(sizes))
     out = [x[:0] @ w1[0].t() @ w2[0].t()]
     for source in counts:
         for e in range(len(source)):
-            out.append(ACTIVATIONS[activation](next(pieces) @ w1[e].t() + b1[e]) @ w2[e].t() + b2[e])
+            hidden = ACTIVATIONS[activation](next(pieces) @ w1[e].t() + b1[e]) * next(masks)
+            out.append(hidden @ w2[e].t() + b2[e])
     y = torch.cat(out)
     grads = torch.autograd.grad(y, given, slope.double(), allow_unused=True, materialize_grads=True)
     return y.detach(), grads
 
 
 def ours(
-    counts: list[list[int]], tensors: tuple[Tensor, ...], slope: Tensor, activation: Any = "gelu", **given: Any
+    counts: list[list[int]],
+    tensors: tuple[Tensor, ...],
+    slope: Tensor,
+    activation: Any = "gelu",
+    dropout: float = 0.0,
+    seed: int = 0,
+    **given: Any,
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
     """Output and gradients; where they are written, anything may have been before."""
     x, w1, b1, w2, b2 = tensors
-    y, pre = forward(x, counts, w1, b1, w2, b2, activation, True)
+    y, pre = forward(x, counts, w1, b1, w2, b2, activation, True, dropout, seed)
     grads = {n: torch.full(t.shape, float("nan")) for n, t in zip(NAMES, tensors, strict=True)}
     for name in ("grad_b1", "grad_b2"):
         grads[name].zero_()
     grads |= {n: given.pop(n) for n in NAMES if n in given}
     adds = {"add_fc1": False, "add_fc2": False} | given
-    backward(slope, x, counts, w1, w2, pre, activation, **grads, **adds)
+    backward(slope, x, counts, w1, w2, pre, activation, dropout, seed, **grads, **adds)
     return y, dict(grads)
 
 
@@ -81,12 +106,15 @@ def close(mine: Tensor | None, other: Tensor) -> None:
     torch.testing.assert_close(mine.double(), other, rtol=0, atol=3e-6 * scale)
 
 
-def check(counts: list[list[int]], dim: int, hidden: int, activation: str = "gelu") -> None:
+def check(
+    counts: list[list[int]], dim: int, hidden: int, activation: str = "gelu", dropout: float = 0.0, seed: int = 0
+) -> None:
     """Output and all gradients against `exact`."""
     tensors = make(counts, dim, hidden, experts=0 if counts else 2)
     slope = torch.randn_like(tensors[0])
-    y, grads = ours(counts, tensors, slope, activation)
-    expected, others = exact(counts, tensors, slope, activation)
+    y, grads = ours(counts, tensors, slope, activation, dropout, seed)
+    times = factors(len(tensors[0]), hidden, dropout, seed) if dropout else 1.0
+    expected, others = exact(counts, tensors, slope, activation, times)
     close(y, expected)
     for name, other in zip(NAMES, others, strict=True):
         close(grads[name], other)
@@ -102,6 +130,67 @@ def test_equals_a_loop_in_double_precision(counts: list[list[int]], dim: int, hi
 
 def test_relu() -> None:
     check(SOME, 40, 50, "relu")
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("seed", [0, -(2**63), 2**63 - 1, 12345])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_dropout_equals_a_loop_with_its_mask(counts: list[list[int]], threads: int, seed: int, activation: str) -> None:
+    torch.set_num_threads(threads)
+    check(counts, 40, 50, activation, 0.3, seed)
+
+
+def dropped(rows: int, hidden: int, dropout: float, seed: int) -> Tensor:
+    """Hidden units that the kernel drops, as 1 among 0 (N, F): one expert gives them back, none is 0 otherwise."""
+    x, eye = torch.ones(rows, hidden), torch.eye(hidden).unsqueeze(0)
+    y, _ = forward(x, [[rows]], eye, None, eye, None, "relu", False, dropout, seed)
+    others = y[y != 0]
+    torch.testing.assert_close(others, torch.full_like(others, 1 / (1 - dropout)))
+    return (y == 0).double()
+
+
+@pytest.mark.parametrize("dropout", [0.01, 0.1, 0.5, 0.9])
+def test_dropout_takes_the_share_it_says(dropout: float) -> None:
+    """Of all, and as evenly over rows and over columns as chance would, to five standard deviations."""
+    gone = dropped(2000, 96, dropout, seed=7)
+    variance = dropout * (1 - dropout)
+    assert abs(gone.mean() - dropout) < 5 * (variance / gone.numel()) ** 0.5
+    for dim in (0, 1):
+        counts = gone.sum(dim)
+        expected = gone.shape[dim] * variance
+        kurtosis = 3 + (1 - 6 * variance) / expected  # of a binomial
+        assert abs(counts.var() / expected - 1) < 5 * ((kurtosis - 1) / counts.numel()) ** 0.5, dim
+
+
+def test_units_are_dropped_independently_of_each_other() -> None:
+    """Of neighbours in a row and in a column, of what other seeds drop, and of rows that lie as many apart as seeds."""
+    gone = dropped(2000, 96, 0.5, seed=7) - 0.5
+    pairs = {f"{n} columns on": gone[:, n:] * gone[:, :-n] for n in (1, 2, 4, 8, 16, 32)}
+    pairs |= {f"{n} rows on": gone[n:] * gone[:-n] for n in (1, 2, 14, 64)}
+    pairs |= {f"seed {s}": gone * (dropped(2000, 96, 0.5, s) - 0.5) for s in (8, 6, 7 + 2**32, -7)}
+    pairs["a seed further, a row back"] = (dropped(2000, 96, 0.5, seed=8)[:-1] - 0.5) * gone[1:]
+    for name, pair in pairs.items():
+        assert abs(pair.mean() * 4) < 5 / pair.numel() ** 0.5, name
+
+
+def test_what_is_dropped_depends_on_seed_row_and_place_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = dropped(60, 50, 0.4, seed=3)
+    torch.testing.assert_close(dropped(40, 33, 0.4, seed=3), before[:40, :33])
+    torch.set_num_threads(5)
+    monkeypatch.setattr(experts, "_CHUNK_BYTES", 3 * 50 * 4)
+    torch.testing.assert_close(dropped(60, 50, 0.4, seed=3), before)
+
+
+@pytest.mark.parametrize("dropout", [1e-30, 1 - 1e-12])
+def test_no_dropout_is_too_small_or_too_large(dropout: float) -> None:
+    x, w1, b1, w2, b2 = make(SOME, 40, 50)
+    y, _ = forward(x, SOME, w1, b1, w2, b2, "gelu", False, dropout, 5)
+    expected = b2.repeat_interleave(torch.tensor([10, 0, 7]), 0)
+    if dropout < 0.5:
+        torch.testing.assert_close(y, forward(x, SOME, w1, b1, w2, b2, "gelu", False)[0])
+    else:
+        torch.testing.assert_close(y[:17], expected)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
@@ -195,11 +284,11 @@ def test_strides_of_what_is_given_do_not_matter() -> None:
 def test_are_operators_as_torch_wants_them() -> None:
     x, w1, b1, w2, b2 = make([[5, 4]], 6, 8)
     tests = ("test_schema", "test_faketensor")
-    given = (x, [5, 4], w1, b1, w2, b2, "gelu", True)
+    given = (x, [5, 4], w1, b1, w2, b2, "gelu", True, 0.1, 9)
     torch.library.opcheck(torch.ops.swinmoe.expert_mlp.default, given, test_utils=tests)
     _, pre = forward(x, [[5, 4]], w1, b1, w2, b2, "gelu", True)
     written = [torch.zeros_like(t) for t in (x, w1, b1, w2, b2)]
-    rest = (x, x, [5, 4], w1, w2, pre, "gelu", *written, True, False)
+    rest = (x, x, [5, 4], w1, w2, pre, "gelu", 0.1, 9, *written, True, False)
     torch.library.opcheck(torch.ops.swinmoe.expert_mlp_backward.default, rest, test_utils=tests)
 
 
@@ -224,6 +313,9 @@ def test_flops_are_those_of_the_products(left_out: str | None) -> None:
         ({"counts": [[38, 0, -1]]}, "how many of 37 rows each of 3 experts"),
         ({"counts": [[30, 7]]}, "how many of 37 rows each of 3 experts"),
         ({"activation": "tanh"}, "'tanh' is none of gelu, relu"),
+        ({"dropout": 1.0}, r"dropout 1.0 is a probability in \[0, 1\)"),
+        ({"dropout": -0.1}, r"dropout -0.1 is a probability in \[0, 1\)"),
+        ({"dropout": float("nan")}, r"dropout nan is a probability in \[0, 1\)"),
     ],
 )
 def test_what_the_kernel_would_misread_is_refused(change: dict[str, Any], message: str) -> None:
@@ -266,11 +358,11 @@ def test_taken_where_there_is_a_compiler_and_wide_vectors(
             return lanes
 
     monkeypatch.setattr(experts, "kernels", Kernels)
-    experts_available.cache_clear()
+    why_no_experts.cache_clear()
     try:
-        assert experts_available() is taken
+        assert (why_no_experts() == "") is taken
     finally:
-        experts_available.cache_clear()
+        why_no_experts.cache_clear()
 
 
 def test_nothing_is_read_past_the_end() -> None:

@@ -22,11 +22,12 @@ from swinmoe.train.progress import Progress
 from swinmoe.train.session import Session, memory_tactics
 
 
-def described(tmp_path: Path, moe: dict[str, Any] | None) -> tuple[dict[str, Any], str]:
+def described(
+    tmp_path: Path, moe: dict[str, Any] | None, train: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], str]:
     """The `arm` record of a small model, and what was said to the person watching."""
-    run = build(RunConfig, {"model": {"preset": "swin_moe_micro" if moe else "swin_micro", "in_chans": 1}})
-    if moe:
-        run = build(RunConfig, {"model": {"preset": "swin_moe_micro", "in_chans": 1, "moe": moe}})
+    model = {"preset": "swin_moe_micro", "moe": moe} if moe else {"preset": "swin_micro"}
+    run = build(RunConfig, {"model": model | {"in_chans": 1}, "train": train or {}})
     arm = SimpleNamespace(
         name="model",
         run=run,
@@ -34,6 +35,7 @@ def described(tmp_path: Path, moe: dict[str, Any] | None) -> tuple[dict[str, Any
         counts=count(run.model),
         length=SimpleNamespace(steps=3),
         compiled=None,
+        device=torch.device("cpu"),
     )
     screen = io.StringIO()
     path = tmp_path / "records.jsonl"
@@ -65,7 +67,34 @@ def test_where_the_config_names_it_nothing_is_said(
     tmp_path: Path, moe: dict[str, Any] | None, taken: str | None
 ) -> None:
     record, said = described(tmp_path, moe)
-    assert (record["dispatcher"], record["dispatcher_reason"], said) == (taken, None, "")
+    assert (record["dispatcher"], record["dispatcher_reason"]) == (taken, None)
+    assert "dispatcher" not in said
+
+
+@pytest.mark.usefixtures("expert_kernel")
+def test_experts_that_take_the_kernel_are_said_and_kept(tmp_path: Path) -> None:
+    record, said = described(tmp_path, {"num_experts": 4})
+    assert (record["experts_in_kernel"], record["experts_in_kernel_reason"]) == (True, None)
+    assert said.count("takes our kernel in C++ for experts") == 1
+
+
+@pytest.mark.parametrize(
+    ("train", "moe", "reason"),
+    [
+        ({"native_kernels": "none"}, {}, "train.native_kernels=none"),
+        ({"precision": "bf16"}, {}, "it takes float32 alone, and train.precision=bf16"),
+        ({}, {"experts": {"type": "swiglu"}}, "it has gelu and relu between the layers, and they SwiGlu"),
+    ],
+)
+def test_so_is_why_they_do_not(tmp_path: Path, train: dict[str, Any], moe: dict[str, Any], reason: str) -> None:
+    record, said = described(tmp_path, {"num_experts": 4} | moe, train)
+    assert (record["experts_in_kernel"], record["experts_in_kernel_reason"]) == (False, reason)
+    assert f"computes experts with torch's operators, not our kernel: {reason}" in said
+
+
+def test_of_experts_that_are_not_there_nothing_is_said(tmp_path: Path) -> None:
+    record, said = described(tmp_path, None)
+    assert (record["experts_in_kernel"], record["experts_in_kernel_reason"], said) == (None, None, "")
 
 
 @pytest.mark.parametrize(
