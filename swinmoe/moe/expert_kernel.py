@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
@@ -32,11 +32,16 @@ def takes(rows: Tensor, w: ExpertWeights, activation: Activation) -> bool:
         return False
     if autocast_dtype(rows) not in (None, torch.float32):
         return False
-    # Their memory is read: no tensors of other kinds, which may have none.
     tensors = [t for t in (rows, w.fc1, w.b1, w.fc2, w.b2) if t is not None]
-    if any(type(t) not in (Tensor, nn.Parameter) or t.dtype != torch.float32 for t in tensors):
+    if not all(_in_memory(t) and t.dtype == torch.float32 for t in tensors):
         return False
     return w.fc1.is_contiguous() and w.fc2.is_contiguous() and not why_no_experts()
+
+
+def _in_memory(t: Tensor) -> bool:
+    """Whether this is its numbers, like parameters that only know more about themselves, and not one that stands for
+    others (fake, or spread over ranks) and may have none here."""
+    return type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def kernel_mlp(

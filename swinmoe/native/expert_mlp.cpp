@@ -30,6 +30,7 @@ constexpr int kDown = 6;  // 12 accumulators of 16 registers
 #endif
 constexpr int kAcross = 2 * LANES;  // columns of a tile, and of a panel
 constexpr int kUnrolled = 8;
+constexpr int kPanelAhead = 8;  // rows of a panel that are asked for before their turn
 constexpr int64_t kRowsOfUnit = 768;    // that are worked on together: what belongs to them stays in a core's cache
 constexpr int64_t kRowsSummed = 256;    // at most, in single precision, of biases' gradients
 constexpr int64_t kPanelsOfThread = 4;  // at least, in a wave, so that threads have as much to do
@@ -79,6 +80,8 @@ void product(int64_t depth, const float* a, int64_t a_row, const float* b, float
   Vec acc[ROWS][2] = {};
   Fetched own = fetched;
   const auto one = [&](int64_t p) __attribute__((always_inline)) {
+    if (PACKED)  // long panels, which other tiles have pushed out of the first cache
+      for (int v = 0; v < 2; v++) __builtin_prefetch(b + (p + kPanelAhead) * kAcross + v * LANES, 0, 3);
     const Vec left = load(b + p * kAcross), right = load(b + p * kAcross + LANES);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; i++) {

@@ -18,6 +18,7 @@ from swinmoe.moe.expert_kernel import kernel_mlp, takes
 from swinmoe.moe.expert_mlp import blocked_mlp, expert_mlp, plain_mlp
 from swinmoe.moe.experts import Experts, GeluExperts, ReluExperts, SwiGluExperts
 from swinmoe.moe.types import ExpertFn
+from swinmoe.parallel.expert_parameter import ExpertParameter
 
 pytestmark = pytest.mark.usefixtures("expert_kernel")
 
@@ -220,6 +221,17 @@ def test_takes_only_what_it_computes(case: str, monkeypatch: pytest.MonkeyPatch)
         case "no compiler":
             monkeypatch.setattr(expert_kernel, "why_no_experts", lambda: "no compiler")
             assert not takes(x, w, Gelu())
+
+
+def test_experts_spread_over_ranks_take_it_too() -> None:
+    """Their parameters are of a type of their own, and numbers in memory all the same."""
+    x, w = make()
+    spread = ExpertWeights(*(ExpertParameter(t.detach()) for t in all_of(x, w)[1:]))
+    assert takes(x, spread, Gelu())
+    for weights in (w, spread):
+        by_kernel(x, weights).sum().backward()
+    found, expected = ([t.grad for t in all_of(x, weights)[1:]] for weights in (spread, w))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("dropout", "native", "taken"), [(0.0, True, 1), (0.1, True, 1), (0.0, False, 0)])
