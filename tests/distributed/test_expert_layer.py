@@ -27,7 +27,7 @@ from swinmoe.config import (
     RouterConfig,
 )
 from swinmoe.errors import ConfigError
-from swinmoe.moe import MoEMlp
+from swinmoe.moe import MoEMlp, expert_mlp
 from swinmoe.parallel import (
     apply_expert_parallel,
     expert_parameter_names,
@@ -71,11 +71,13 @@ def task_loss(x: Tensor, y: Tensor) -> Tensor:
     return (y * (x.detach().flip(-1) + 0.5).square()).sum()
 
 
-def compare_with_oracle(cfg: MoEConfig, counts: list[int], parallel: ParallelConfig) -> dict[str, float]:
-    """Largest differences, each over the oracle's largest value (at least 1)."""
+def compare_with_oracle(
+    cfg: MoEConfig, counts: list[int], parallel: ParallelConfig, dtype: torch.dtype = torch.float64
+) -> dict[str, float]:
+    """Largest differences of a spread layer in `dtype`, each over the oracle's largest value (at least 1)."""
     mesh = make_mesh(parallel, cfg.num_experts)
     oracle = make_layer(cfg)
-    spread = copy.deepcopy(oracle)
+    spread = copy.deepcopy(oracle).to(dtype)
     apply_expert_parallel(spread, mesh)
     everyone = tokens_of_all(counts)
 
@@ -89,7 +91,7 @@ def compare_with_oracle(cfg: MoEConfig, counts: list[int], parallel: ParallelCon
     first = sum(counts[: mesh.rank])
     mine = slice(first, first + counts[mesh.rank])
 
-    x = everyone[mesh.rank].clone().requires_grad_()
+    x = everyone[mesh.rank].to(dtype, copy=True).requires_grad_()
     y, report = spread(x)
     (task_loss(x, y) + report.loss).backward()
     sync_expert_gradients(spread, mesh)
@@ -120,18 +122,18 @@ def compare_with_oracle(cfg: MoEConfig, counts: list[int], parallel: ParallelCon
         result[f"{name} gathered"] = (
             difference(gather_full(found.grad, found, mesh), expected.grad) if name in names else 0
         )
-        assert torch.equal(gather_full(found, found, mesh), expected)
+        assert torch.equal(gather_full(found, found, mesh), expected.to(dtype))
     if cfg.capacity.train.kind != "dropless":
         result["drops"] = -float(sum(r.routed.sum() - r.kept.sum() for r in reports))  # type: ignore[arg-type]
     return result
 
 
-def check(results: list[dict[str, float]], drops: bool = False) -> None:
+def check(results: list[dict[str, float]], drops: bool = False, tolerance: float = TOLERANCE) -> None:
     for rank, result in enumerate(results):
         if drops:
             assert result.pop("drops") < 0, "the case was meant to drop tokens"
         worst = max(result, key=lambda name: result[name])
-        assert result[worst] <= TOLERANCE, f"rank {rank}: {worst} is off by {result[worst]:.2e}"
+        assert result[worst] <= tolerance, f"rank {rank}: {worst} is off by {result[worst]:.2e}"
 
 
 @pytest.mark.parametrize("layout", ["ragged", "padded"])
@@ -204,6 +206,28 @@ def test_every_way_to_travel(pool4: Pool, way: str, layout: str) -> None:
     num_experts, parallel = WAYS[way]
     cfg = config(num_experts=num_experts, dispatcher=layout, top_k=min(2, num_experts))
     check(pool4.run(compare_with_oracle, cfg, [5, 0, 8, 3], parallel))
+
+
+def compare_in_single_precision(cfg: MoEConfig, counts: list[int], parallel: ParallelConfig) -> dict[str, float]:
+    """As above; and how often experts took our kernel in C++."""
+    taken = []
+    with pytest.MonkeyPatch.context() as patch:
+        genuine = expert_mlp.kernel_mlp
+        patch.setattr(expert_mlp, "kernel_mlp", lambda *given: taken.append(1) or genuine(*given))
+        result = compare_with_oracle(cfg, counts, parallel, torch.float32)
+    return result | {"taken": len(taken)}
+
+
+@pytest.mark.usefixtures("expert_kernel")
+@pytest.mark.parametrize("layout", ["ragged", "padded"])
+@pytest.mark.parametrize("way", ["sliced", "2dh", "chunks of experts", "chunks of rows", "chunks, sliced"])
+def test_spread_experts_take_the_kernel(pool4: Pool, way: str, layout: str) -> None:
+    """In single precision: beside it everything here is in double, which the kernel leaves to others."""
+    num_experts, parallel = WAYS[way]
+    cfg = config(num_experts=num_experts, dispatcher=layout, top_k=2)
+    results = pool4.run(compare_in_single_precision, cfg, [5, 0, 8, 3], parallel)
+    assert [result.pop("taken") for result in results] == [parallel.chunks] * 4
+    check(results, tolerance=1e-5)
 
 
 @pytest.mark.parametrize(("nodes", "local_size"), [(2, 3), (3, 2)])
