@@ -15,6 +15,7 @@ from swinmoe.config import RunConfig
 from swinmoe.config.io import dump, to_tree
 from swinmoe.data import DataBundle, TrainStream, build_data
 from swinmoe.errors import ConfigError
+from swinmoe.moe.experts import Experts
 from swinmoe.parallel import Mesh, make_mesh
 from swinmoe.records import RunRecord
 from swinmoe.runtime import (
@@ -144,16 +145,19 @@ def why_no_expert_kernel(arm: Arm) -> str | None:
     layers = arm.raw.moe_layers()
     if not layers:
         return None
-    experts = next(iter(layers.values())).experts  # alike in all layers
+    experts = next(iter(layers.values())).experts  # of one kind in all layers
     train = arm.run.train
     if arm.device.type == "cpu" and train.native_kernels == "none":
         return "train.native_kernels=none"
     if arm.device.type == "cpu" and train.precision != "fp32":
         return f"it takes float32 alone, and train.precision={train.precision}"
-    if arm.compiled is not None and any(name.rpartition(".")[0] in arm.compiled.whole for name in layers):
-        return "they are part of a compiled graph"
-    reason: str = experts.why_no_kernel()
-    return reason
+    if not isinstance(experts, Experts):
+        return "they compute in a way of their own"
+    # Layers may have capacities of their own, and with that some may be compiled and others not.
+    inside = 0 if arm.compiled is None else sum(name.rpartition(".")[0] in arm.compiled.whole for name in layers)
+    if inside:
+        return f"in {inside} of {len(layers)} layers they are part of a compiled graph"
+    return experts.why_no_kernel()
 
 
 def memory_tactics(arm: Arm, world: int) -> list[str]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from swinmoe.config import RunConfig
 from swinmoe.config.io import build
 from swinmoe.models import build_model
+from swinmoe.models.compile import Compiled
 from swinmoe.models.counts import count
 from swinmoe.parallel import Mesh
 from swinmoe.records import RunRecord, read_records
@@ -23,7 +24,10 @@ from swinmoe.train.session import Session, memory_tactics
 
 
 def described(
-    tmp_path: Path, moe: dict[str, Any] | None, train: dict[str, Any] | None = None
+    tmp_path: Path,
+    moe: dict[str, Any] | None,
+    train: dict[str, Any] | None = None,
+    compiled: Compiled | None = None,
 ) -> tuple[dict[str, Any], str]:
     """The `arm` record of a small model, and what was said to the person watching."""
     model = {"preset": "swin_moe_micro", "moe": moe} if moe else {"preset": "swin_micro"}
@@ -34,7 +38,7 @@ def described(
         raw=build_model(run.model),
         counts=count(run.model),
         length=SimpleNamespace(steps=3),
-        compiled=None,
+        compiled=compiled,
         device=torch.device("cpu"),
     )
     screen = io.StringIO()
@@ -90,6 +94,18 @@ def test_so_is_why_they_do_not(tmp_path: Path, train: dict[str, Any], moe: dict[
     record, said = described(tmp_path, {"num_experts": 4} | moe, train)
     assert (record["experts_in_kernel"], record["experts_in_kernel_reason"]) == (False, reason)
     assert f"computes experts with torch's operators, not our kernel: {reason}" in said
+
+
+def test_experts_in_a_compiled_graph_do_not_take_it(tmp_path: Path) -> None:
+    """Nor is it said of layers of which some are, and others not."""
+    layers = list(
+        build_model(build(RunConfig, {"model": {"preset": "swin_moe_micro", "in_chans": 1}}).model).moe_layers()
+    )
+    first = layers[0].removesuffix(".mlp")
+    record, said = described(tmp_path, {"num_experts": 4}, compiled=Compiled((first, "another"), {}))
+    reason = f"in 1 of {len(layers)} layers they are part of a compiled graph"
+    assert (record["experts_in_kernel"], record["experts_in_kernel_reason"]) == (False, reason)
+    assert reason in said
 
 
 def test_of_experts_that_are_not_there_nothing_is_said(tmp_path: Path) -> None:
