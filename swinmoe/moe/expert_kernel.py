@@ -20,28 +20,40 @@ from swinmoe.moe.types import ExpertWeights
 from swinmoe.moe.weight_gradients import destination, graph_of_backward
 from swinmoe.native import expert_mlp_backward, expert_mlp_forward, why_no_experts
 
-KNOWN: dict[type[Activation], Any] = {Gelu: "gelu", Relu: "relu"}
-"""Activations, and the kernel's names for them."""
+_NAMES: dict[type[Activation], Any] = {Gelu: "gelu", Relu: "relu"}
 _one_at_a_time = threading.Lock()
 """Backward passes of several threads may add to one gradient; autograd's own addition has such a lock too."""
 
 
 def takes(rows: Tensor, w: ExpertWeights, activation: Activation) -> bool:
     """Whether the kernel computes this; asks for a compiler only where all else fits."""
-    if type(activation) not in KNOWN or rows.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or autocast_dtype(rows) not in (None, torch.float32):
         return False
-    if autocast_dtype(rows) not in (None, torch.float32):
-        return False
-    tensors = [t for t in (rows, w.fc1, w.b1, w.fc2, w.b2) if t is not None]
-    if not all(_in_memory(t) and t.dtype == torch.float32 for t in tensors):
-        return False
-    return w.fc1.is_contiguous() and w.fc2.is_contiguous() and not why_no_experts()
+    return not (_why_not(activation, rows) or why_not(w, activation))
 
 
-def _in_memory(t: Tensor) -> bool:
-    """Whether this is its numbers, like parameters that only know more about themselves, and not one that stands for
-    others (fake, or spread over ranks) and may have none here."""
-    return type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
+def why_not(w: ExpertWeights, activation: Activation) -> str:
+    """Why the kernel does not compute with these weights; "" where it does, for float32 rows outside graphs."""
+    weights = [t for t in (w.fc1, w.b1, w.fc2, w.b2) if t is not None]
+    found = _why_not(activation, *weights)
+    if not found and not (w.fc1.is_contiguous() and w.fc2.is_contiguous()):
+        found = "it takes contiguous weights, and they are laid out otherwise"
+    return found or why_no_experts()
+
+
+def _why_not(activation: Activation, *tensors: Tensor) -> str:
+    for t in tensors:
+        if t.device.type != "cpu":
+            return f"it is for CPUs, and they are on {t.device.type}"
+        if t.dtype != torch.float32:
+            return f"it takes float32, and they are {t.dtype}".replace("torch.", "")
+        # Parameters may only know more about themselves; what stands for others (fake, or spread over ranks) may have
+        # no numbers here, and it is their memory that is read.
+        if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return f"it reads memory, and they are a {type(t).__name__}, whose numbers may lie elsewhere"
+    if type(activation) not in _NAMES:
+        return f"it has {' and '.join(_NAMES.values())} between the layers, and they {type(activation).__name__}"
+    return ""
 
 
 def kernel_mlp(
@@ -55,7 +67,7 @@ def kernel_mlp(
     # Inside `forward` gradient mode is off, whoever calls: ask here whether a backward pass can follow.
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None)) if dropout else 0
-    out: Tensor = _KernelMlp.apply(*tensors, counts, KNOWN[type(activation)], dropout, seed, training)
+    out: Tensor = _KernelMlp.apply(*tensors, counts, _NAMES[type(activation)], dropout, seed, training)
     return out
 
 

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from swinmoe.config.moe import ExpertConfig
 from swinmoe.moe.activations import Activation, Gelu, Relu, SwiGlu
-from swinmoe.moe.expert_kernel import KNOWN
+from swinmoe.moe.expert_kernel import why_not
 from swinmoe.moe.expert_mlp import expert_mlp
 from swinmoe.moe.registry import register_expert
 from swinmoe.moe.types import ExpertFn, ExpertWeights
-from swinmoe.native import why_no_experts
 from swinmoe.randomness import generator
 
 Device = torch.device | str | None
@@ -92,17 +91,7 @@ class Experts(nn.Module):
         """Why a float32 pass does not take our kernel in C++ where the weights now are; "" where it does."""
         if type(self).function is not Experts.function:
             return "they compute in a way of their own"
-        weight = self.fc1_weight
-        if weight.device.type != "cpu":
-            return f"it is for CPUs, and they are on {weight.device.type}"
-        if not self.native:
-            return "they were told not to take it"
-        if weight.dtype != torch.float32:
-            return f"it takes float32, and they are {weight.dtype}".replace("torch.", "")
-        if type(self.activation) not in KNOWN:
-            names = " and ".join(KNOWN.values())
-            return f"it has {names} between the layers, and they {type(self.activation).__name__}"
-        return why_no_experts()
+        return why_not(self.weights(), self.activation) if self.native else "they were told not to take it"
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from swinmoe.config import ExpertConfig, MoEConfig
 from swinmoe.moe import ExpertWeights, MoEMlp, expert_kernel
 from swinmoe.moe.activations import Activation, Gelu, Relu, SwiGlu
-from swinmoe.moe.expert_kernel import kernel_mlp, takes
+from swinmoe.moe.expert_kernel import kernel_mlp, takes, why_not
 from swinmoe.moe.expert_mlp import blocked_mlp, expert_mlp, plain_mlp
 from swinmoe.moe.experts import Experts, GeluExperts, ReluExperts, SwiGluExperts
 from swinmoe.moe.types import ExpertFn
@@ -215,6 +215,7 @@ def test_takes_only_what_it_computes(case: str, monkeypatch: pytest.MonkeyPatch)
         case "strides":
             turned = w.fc1.detach().transpose(1, 2).contiguous().transpose(1, 2)
             assert not takes(x, ExpertWeights(turned, w.b1, w.fc2, w.b2), Gelu())
+            assert "laid out otherwise" in why_not(ExpertWeights(turned, w.b1, w.fc2, w.b2), Gelu())
         case "fake":
             with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
                 assert not takes(torch.zeros(37, 24), w, Gelu())
@@ -227,7 +228,7 @@ def test_experts_spread_over_ranks_take_it_too() -> None:
     """Their parameters are of a type of their own, and numbers in memory all the same."""
     x, w = make()
     spread = ExpertWeights(*(ExpertParameter(t.detach()) for t in all_of(x, w)[1:]))
-    assert takes(x, spread, Gelu())
+    assert takes(x, spread, Gelu()) and why_not(spread, Gelu()) == ""
     for weights in (w, spread):
         by_kernel(x, weights).sum().backward()
     found, expected = ([t.grad for t in all_of(x, weights)[1:]] for weights in (spread, w))
@@ -282,7 +283,7 @@ def test_experts_know_why_they_do_not_take_it(
     made = kind(ExpertConfig(), num_experts=2, dim=4, hidden=4, name="", seed=0, init_std=0.02, **change)
     assert made.why_no_kernel() == reason
     if not reason:
-        monkeypatch.setattr("swinmoe.moe.experts.why_no_experts", lambda: "no compiler")
+        monkeypatch.setattr("swinmoe.moe.expert_kernel.why_no_experts", lambda: "no compiler")
         assert made.why_no_kernel() == "no compiler"
         made.native = False
         assert made.why_no_kernel() == "they were told not to take it"
