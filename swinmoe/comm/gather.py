@@ -10,6 +10,7 @@ from torch import Tensor
 
 from swinmoe.comm.all_to_all import Group
 from swinmoe.comm.failure import naming
+from swinmoe.comm.neighbours import gather_small
 from swinmoe.comm.traffic import note
 
 # torch 2.14 renames it and warns of the old name, which is the only one before.
@@ -25,6 +26,11 @@ def all_gather_rows(x: Tensor, group: Group, what: str = "gathering rows") -> Te
     """
     if group is None:
         return x
+    with naming(what):
+        small = gather_small(x, group)
+    if small is not None:
+        _note_gather(x, group, what)
+        return small.flatten(0, 1)
     gathered = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
     gather_into(gathered, x.detach().contiguous(), group, what)
     return gathered
@@ -32,6 +38,10 @@ def all_gather_rows(x: Tensor, group: Group, what: str = "gathering rows") -> Te
 
 def gather_into(gathered: Tensor, x: Tensor, group: dist.ProcessGroup, what: str, *, waits: bool = True) -> Any:
     """All ranks' `x` one after another in `gathered`; what to wait for, unless `waits`."""
-    note("all_gather", what, group.size(), (group.size() - 1) * x.nbytes)
+    _note_gather(x, group, what)
     with naming(what):
         return _gather(gathered, x, group=group, async_op=not waits)
+
+
+def _note_gather(x: Tensor, group: dist.ProcessGroup, what: str) -> None:
+    note("all_gather", what, group.size(), (group.size() - 1) * x.nbytes)

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from swinmoe.comm.all_to_all import Group
 from swinmoe.comm.failure import naming
+from swinmoe.comm.neighbours import gather_small
 from swinmoe.comm.traffic import note_all_reduce
 
 
@@ -18,8 +19,11 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, what: str) -> Tensor:
         note_all_reduce(x, group, what)
-        total = x.clone(memory_format=torch.contiguous_format)
         with naming(what):
+            everyone = gather_small(x, group)
+            if everyone is not None:
+                return everyone.sum(0, dtype=x.dtype)  # in the same order, and so the same, on all ranks
+            total = x.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(total, group=group)
         return total
 
@@ -48,7 +52,10 @@ def all_reduce_max(x: Tensor, group: Group, what: str = "taking a maximum") -> T
     if group is None:
         return x
     note_all_reduce(x, group, what)
-    largest = x.clone(memory_format=torch.contiguous_format)
     with naming(what):
+        everyone = gather_small(x, group)
+        if everyone is not None:
+            return everyone.amax(0)
+        largest = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     return largest

@@ -131,7 +131,9 @@ class TokensTravel:
         dtype = autocast_dtype(rows) or rows.dtype
         light = torch.bfloat16 if self.payload == "bf16" else None
         ways = [chunk.journey for chunk in plan.chunks]
-        parts = take(rows.to(light or dtype), plan.departure).split([chunk.rows for chunk in plan.chunks])
+        whole = take(rows.to(light or dtype), plan.departure)
+        # A single part is no part: the backward pass of `split` would copy it.
+        parts = [whole] if len(ways) == 1 else whole.split([chunk.rows for chunk in plan.chunks])
         out = [way.depart(part, going) for way, part in zip(ways, parts, strict=True)]
         out[0] = ways[0].change(out[0], going)
         back = []
@@ -147,10 +149,10 @@ class TokensTravel:
             back.append(replace(flight, token=phases.border(flight.token, "exchange_back", "exchange_back")))
         back = [chunk.way_back.change(flight, coming) for chunk, flight in zip(plan.chunks, back, strict=True)]
         returned = [chunk.way_back.arrive(flight) for chunk, flight in zip(plan.chunks, back, strict=True)]
-        whole = returned[0] if len(returned) == 1 else torch.cat(returned)
+        total = returned[0] if len(returned) == 1 else torch.cat(returned)
         if self.slices > 1:
-            whole = whole.to(torch.promote_types(dtype, torch.float32))  # partial outputs are summed
-        return fold(whole, plan.departure).to(dtype)
+            total = total.to(torch.promote_types(dtype, torch.float32))  # partial outputs are summed
+        return fold(total, plan.departure).to(dtype)
 
     def _weights_of(self, plan: Itinerary, w: ExpertWeights) -> list[ExpertWeights]:
         """The weights that each chunk uses."""

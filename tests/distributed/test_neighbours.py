@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pool import Pool, PoolError
 from test_all_to_all import EMPTY_SENDER_4, UNEVEN_2, exchange
 
-from swinmoe.comm import all_to_all_rows, neighbours, start, wait
+from swinmoe.comm import all_gather_rows, all_reduce_max, all_reduce_sum, all_to_all_rows, neighbours, start, wait
 from swinmoe.comm.arrangement import by_expert
 from swinmoe.errors import CollectiveError
 
@@ -60,6 +60,33 @@ def test_rows_stand_by_expert_and_leave_from_there(pool2: Pool, pool4: Pool, by_
     for pool, world in ((pool2, 2), (pool4, 4)):
         counts = [[[draw.choice([0, 1, 5]) for _ in range(3)] for _ in range(world)] for _ in range(world)]
         assert pool.run(there_and_back, counts, by_network) == [(True, True)] * world
+
+
+def small_numbers(by_network: bool) -> list[object]:
+    """Gathers, sums and maxima of few numbers, and of more than go the short way."""
+    rank = dist.get_rank()
+    with neighbours.switched_off() if by_network else nullcontext():
+        group = dist.new_group(list(range(dist.get_world_size())))
+        x = torch.tensor([[1.5, rank]], dtype=torch.float64, requires_grad=True)
+        gathered = all_gather_rows(x, group)
+        total = all_reduce_sum(x, group)
+        total.sum().backward()
+        assert x.grad is not None
+        counts = [all_reduce_sum(torch.tensor(rank + 1, dtype=dtype), group) for dtype in (torch.int32, torch.bfloat16)]
+        most = all_reduce_max(torch.tensor([-rank, rank]), group)
+        none = all_reduce_sum(torch.zeros(0), group)
+        many = all_reduce_sum(torch.full((neighbours.SMALLEST,), float(rank)), group)
+        short = [neighbours.gather_small(torch.zeros(n), group) is not None for n in (1, neighbours.SMALLEST, 0)]
+        assert short == ([False] * 3 if by_network else [True, False, False])
+    same = [(t.dtype, t.tolist()) for t in (*counts, most, none)]
+    return [gathered.tolist(), total.tolist(), x.grad.tolist(), same, many.unique().tolist()]
+
+
+@pytest.mark.parametrize("by_network", [False, True])
+def test_few_numbers_go_the_short_way(pool4: Pool, by_network: bool) -> None:
+    counts = [(torch.int32, 10), (torch.bfloat16, 10.0), (torch.int64, [0, 3]), (torch.float32, [])]
+    everyone = [[1.5, float(rank)] for rank in range(4)]
+    assert pool4.run(small_numbers, by_network) == [[everyone, [[6.0, 6.0]], [[1.0, 1.0]], counts, [6.0]]] * 4
 
 
 def row(source: int, receiver: int, turn: int, number: int) -> list[float]:
