@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from swinmoe.errors import BackendUnavailableError
-from swinmoe.native import kernels, why_no_experts
+from swinmoe.native import kernels, why_no_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +34,6 @@ def native_kernels() -> None:
 
 @pytest.fixture
 def expert_kernel(native_kernels: None) -> None:
-    """For tests of layers that take the kernel of experts by themselves."""
-    if why_no_experts():
-        pytest.skip("this processor's vectors are too narrow for experts to take their kernel by themselves")
+    """For tests of expert layers, which take their kernels by themselves."""
+    if why_no_kernels():
+        pytest.skip("this processor's vectors are too narrow for expert layers to take kernels by themselves")

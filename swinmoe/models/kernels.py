@@ -1,4 +1,4 @@
-"""What of a model on a CPU is computed by our kernels in C++. Experts take theirs unless they are told not to."""
+"""What of a model on a CPU is computed by our kernels in C++. Expert layers take theirs unless they are told not to."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from torch import nn
 from swinmoe.errors import BackendUnavailableError
 from swinmoe.models.attention import WindowAttention
 from swinmoe.models.mlp import Mlp
-from swinmoe.moe import Experts
+from swinmoe.moe import Experts, MoEMlp
 from swinmoe.native import kernels
 
 
 def use_native_kernels(model: nn.Module, *, experts: bool = True) -> None:
-    """Let attention layers (those with `attention_impl` "auto"), dense MLPs and experts of `model` take our kernels, in
-    place.
+    """Let `model` take our kernels, in place: attention layers (those with `attention_impl` "auto"), dense MLPs and
+    expert layers.
 
     They are taken in float32 alone: under autocast, in float64 and in exported programs all is as it was. Sums are made
     in another order, so that results differ in the last digits. Copies of the model take them too.
 
     Args:
         model: on a CPU.
-        experts: False leaves experts as they are.
+        experts: False leaves expert layers as they are.
 
     Raises:
         BackendUnavailableError: the model is not on a CPU, or the kernels could not be compiled.
@@ -35,7 +35,7 @@ def use_native_kernels(model: nn.Module, *, experts: bool = True) -> None:
     for module in model.modules():
         if isinstance(module, WindowAttention) and module.attention_impl == "auto":
             module.attention_impl = "native"
-        if isinstance(module, Mlp) or (experts and isinstance(module, Experts)):
+        if isinstance(module, Mlp) or (experts and isinstance(module, Experts | MoEMlp)):
             module.native = True
 
 
@@ -44,5 +44,5 @@ def leave_native_kernels(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, WindowAttention) and module.attention_impl == "native":
             module.attention_impl = "auto"
-        if isinstance(module, Mlp | Experts):
+        if isinstance(module, Mlp | Experts | MoEMlp):
             module.native = False

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from swinmoe import native as kernels
 from swinmoe.moe.types import DispatchPlan, Queues, Routing
 
 
@@ -22,17 +23,32 @@ def queue(
     *,
     batch_prioritized: bool = False,
     allowed: int | None = None,
+    native: bool = True,
 ) -> Queues:
     """Line the choices up before their experts, and cut the queues at `capacity` (None = nowhere).
 
     Where that would drop more than `allowed` choices, the cut is the nearest one that does not. It is found on the
-    device, and nothing waits for it.
+    device, and nothing waits for it. `native`: by our kernel in C++, on a CPU that can have it.
     """
-    expert_ids = routing.expert_ids
-    num_tokens, top_k = expert_ids.shape
+    num_tokens = routing.expert_ids.shape[0]
     turn = None
     if batch_prioritized:
         turn = routing.probs.detach().amax(1).argsort(descending=True, stable=True)
+    lines = kernels.line_up if native and _takes_kernels(routing.expert_ids) else _line_up
+    slot, routed = lines(routing.expert_ids, turn, num_experts)
+    # A token names an expert once, so no queue is longer than T. A symbolic T (torch.export) answers no such question.
+    if capacity is None or (isinstance(num_tokens, int) and capacity >= num_tokens):
+        return Queues(slot, None, routed, routed)
+    if allowed is None:
+        return Queues(slot, slot < capacity, routed, routed.clamp(max=capacity))
+    cut = least_cut(routed, allowed).clamp(min=capacity)
+    return Queues(slot, slot < cut, routed, routed.minimum(cut))
+
+
+def _line_up(expert_ids: Tensor, turn: Tensor | None, num_experts: int) -> tuple[Tensor, Tensor]:
+    """(T, K) each choice's place, and (E,) lengths; tokens in the order of `turn` (T,), or their own."""
+    num_tokens, top_k = expert_ids.shape
+    if turn is not None:
         expert_ids = expert_ids.index_select(0, turn)
     line = expert_ids.t().reshape(-1)  # choice by choice, tokens in order of priority
     order = line.argsort(stable=True)
@@ -42,13 +58,13 @@ def queue(
     slot = torch.empty_like(line).index_copy_(0, order, place).view(top_k, num_tokens).t()
     if turn is not None:
         slot = torch.empty_like(slot).index_copy_(0, turn, slot)
-    # A token names an expert once, so no queue is longer than T. A symbolic T (torch.export) answers no such question.
-    if capacity is None or (isinstance(num_tokens, int) and capacity >= num_tokens):
-        return Queues(slot, None, routed, routed)
-    if allowed is None:
-        return Queues(slot, slot < capacity, routed, routed.clamp(max=capacity))
-    cut = least_cut(routed, allowed).clamp(min=capacity)
-    return Queues(slot, slot < cut, routed, routed.minimum(cut))
+    return slot, routed
+
+
+def _takes_kernels(ids: Tensor) -> bool:
+    """Whether ours in C++ walk over `ids`: they are in a CPU's memory, outside graphs."""
+    here = ids.device.type == "cpu" and type(ids) is Tensor and not torch.compiler.is_compiling()
+    return here and not kernels.why_no_kernels()
 
 
 def least_cut(routed: Tensor, allowed: int | Tensor) -> Tensor:
@@ -67,7 +83,9 @@ def _count(ids: Tensor, num_experts: int) -> Tensor:
     return ids.new_zeros(num_experts).index_add_(0, ids, torch.ones_like(ids))
 
 
-def plan(routing: Routing, queues: Queues, *, rows: int | None = None, slots: int | None = None) -> DispatchPlan:
+def plan(
+    routing: Routing, queues: Queues, *, rows: int | None = None, slots: int | None = None, native: bool = True
+) -> DispatchPlan:
     """Give every kept choice its row.
 
     Args:
@@ -75,27 +93,29 @@ def plan(routing: Routing, queues: Queues, *, rows: int | None = None, slots: in
         queues: from `queue`.
         rows: ragged layout: N, the kept choices, known on the host.
         slots: padded layout: rows per expert.
+        native: our kernels in C++ may be taken, here and where rows are carried.
     """
     expert_ids = routing.expert_ids
-    num_tokens, top_k = expert_ids.shape
     slot, kept, routed, counts = queues
     if slots is not None:
         size = len(counts) * slots
-        position = expert_ids * slots + slot
+        first = torch.arange(0, size, max(1, slots), device=expert_ids.device)
     else:
         assert rows is not None, "the ragged layout needs the number of kept rows"
         size = rows
-        position = (counts.cumsum(0) - counts)[expert_ids] + slot
+        first = counts.cumsum(0) - counts
+    give = kernels.give_rows if native and _takes_kernels(expert_ids) else _give_rows
+    row, position = give(expert_ids, slot, kept, first, size)
+    return DispatchPlan(row, position, slot, kept, counts, routed, slots, native)
+
+
+def _give_rows(
+    expert_ids: Tensor, slot: Tensor, kept: Tensor | None, first: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """(M,) the choice in each row, -1 in those without, and (T, K) the row of each choice; experts begin at `first`."""
+    position = first[expert_ids] + slot
     # One more row than there are takes all the dropped, so that no mask needs a data-dependent shape.
     target = position if kept is None else torch.where(kept, position, size)
     choice = torch.full((size + 1,), -1, dtype=torch.int64, device=expert_ids.device)
-    choice.index_copy_(0, target.reshape(-1), torch.arange(num_tokens * top_k, device=expert_ids.device))
-    return DispatchPlan(
-        row=choice[:size],
-        position=position if kept is None else torch.where(kept, position, 0),
-        slot=slot,
-        kept=kept,
-        counts=counts,
-        routed=routed,
-        slots=slots,
-    )
+    choice.index_copy_(0, target.reshape(-1), torch.arange(expert_ids.numel(), device=expert_ids.device))
+    return choice[:size], position if kept is None else torch.where(kept, position, 0)

@@ -18,7 +18,7 @@ from swinmoe.moe.activations import Activation, Gelu, Relu
 from swinmoe.moe.precision import autocast_dtype
 from swinmoe.moe.types import ExpertWeights
 from swinmoe.moe.weight_gradients import destination, graph_of_backward
-from swinmoe.native import expert_mlp_backward, expert_mlp_forward, why_no_experts
+from swinmoe.native import expert_mlp_backward, expert_mlp_forward, why_no_kernels
 
 _NAMES: dict[type[Activation], Any] = {Gelu: "gelu", Relu: "relu"}
 _one_at_a_time = threading.Lock()
@@ -38,7 +38,7 @@ def why_not(w: ExpertWeights, activation: Activation) -> str:
     found = _why_not(activation, *weights)
     if not found and not (w.fc1.is_contiguous() and w.fc2.is_contiguous()):
         found = "it takes contiguous weights, and they are laid out otherwise"
-    return found or why_no_experts()
+    return found or why_no_kernels()
 
 
 def _why_not(activation: Activation, *tensors: Tensor) -> str:

@@ -44,6 +44,8 @@ class MoEMlp(nn.Module):
     `execution` says how rows meet experts. It is local unless expert parallelism replaces it; it owns no parameters.
     """
 
+    native: bool = True
+    """Whether rows may be carried by our kernels in C++: float32 on a CPU. Experts have a switch of their own."""
     _noise_seed: int
     _generator: torch.Generator
 
@@ -115,10 +117,11 @@ class MoEMlp(nn.Module):
             limit,
             batch_prioritized=self.cfg.router.batch_prioritized,
             allowed=allowed_drops(policy, num_tokens, self.top_k),
+            native=self.native,
         )
         slots = self.dispatcher.slots(queues, limit, policy)
         route = self.execution.prepare(queues.counts, slots)
-        plan = dispatch.plan(routing, queues, rows=self._num_rows(queues, route), slots=slots)
+        plan = dispatch.plan(routing, queues, rows=self._num_rows(queues, route), slots=slots, native=self.native)
         stats = self._statistics(routing, queues)
         phases.enter(outside)
         return routing, plan, route, stats

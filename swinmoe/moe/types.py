@@ -66,6 +66,8 @@ class DispatchPlan:
     """(E,) int64 choices per expert before drops."""
     slots: int | None
     """Padded layout: rows per expert."""
+    native: bool = True
+    """Whether rows may be carried by our kernels in C++, where the numbers allow."""
 
 
 @dataclass(frozen=True)

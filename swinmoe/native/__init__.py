@@ -1,13 +1,15 @@
-"""Kernels of our own in C++, for CPUs, each an operator of torch.
+"""Kernels of our own in C++, for CPUs.
 
-They are single precision alone and are compiled where they run. Experts take theirs where there is a compiler;
-attention and dense MLPs where they are told to. Those of attention and GELU have backward passes that autograd knows;
-that of experts is a pair, for a caller who knows where gradients belong.
+They are single precision alone and are compiled where they run. Experts, and what carries rows to them, take theirs
+where there is a compiler; attention and dense MLPs where they are told to. Those of attention and GELU are operators of
+torch with backward passes that autograd knows; those of experts a pair of operators, for a caller who knows where
+gradients belong; those of `dispatch` functions of `moe`'s own operators.
 """
 
 from swinmoe.native.attention import window_attention
-from swinmoe.native.build import compilers, kernels
-from swinmoe.native.experts import expert_mlp_backward, expert_mlp_forward, why_no_experts
+from swinmoe.native.build import compilers, kernels, why_no_kernels
+from swinmoe.native.dispatch import give_rows, line_up, sum_choices, sum_choices_backward, take_rows
+from swinmoe.native.experts import expert_mlp_backward, expert_mlp_forward
 from swinmoe.native.gelu import biased_gelu
 
 __all__ = [
@@ -15,7 +17,12 @@ __all__ = [
     "compilers",
     "expert_mlp_backward",
     "expert_mlp_forward",
+    "give_rows",
     "kernels",
-    "why_no_experts",
+    "line_up",
+    "sum_choices",
+    "sum_choices_backward",
+    "take_rows",
+    "why_no_kernels",
     "window_attention",
 ]

@@ -21,6 +21,8 @@ from swinmoe.errors import BackendUnavailableError
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
 _SECONDS = 300
 """That a compiler gets."""
+_LEAST_LANES = 8
+"""Numbers in a vector of the processor, AVX's: with narrower ones nobody has seen experts' kernel gain."""
 
 
 def compilers() -> list[str]:
@@ -52,6 +54,17 @@ def kernels() -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BackendUnavailableError(f"{path} does not load: {error}; delete it to have it made again") from error
+
+
+@functools.cache
+def why_no_kernels() -> str:
+    """Why expert layers, which take kernels unasked, cannot have them here, or would not gain by it; "" if they should:
+    tried once, and then known."""
+    try:
+        lanes = int(kernels().swinmoe_lanes())
+    except BackendUnavailableError as error:
+        return str(error)
+    return "" if lanes >= _LEAST_LANES else f"nobody has seen it gain with vectors of {lanes} numbers"
 
 
 def _compile(compiler: str, path: Path) -> None:

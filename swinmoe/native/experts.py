@@ -11,7 +11,6 @@ place. What it works in, tens of MB, stays with the calling thread and is unknow
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -19,12 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from swinmoe.errors import BackendUnavailableError
 from swinmoe.native.build import kernels
 from swinmoe.native.operators import address, define, expect, expect_numbers, finish
-
-_LEAST_LANES = 8
-"""Numbers in a vector of the processor, AVX's: with narrower ones nobody has seen the kernel to be the faster way."""
 
 Activation = Literal["gelu", "relu"]
 _ACTIVATIONS = ("gelu", "relu")
@@ -32,16 +27,6 @@ _ACTIVATIONS = ("gelu", "relu")
 _CHUNK_BYTES = 30 * 2**20
 """Size up to which pre-activations lie together: glibc maps and unmaps what is larger than 32 MB with each step, and
 touching fresh pages costs as much as the activation itself."""
-
-
-@functools.cache
-def why_no_experts() -> str:
-    """Why the kernel cannot be had here, or does not pay; "" where it does both: tried once, and then known."""
-    try:
-        lanes = int(kernels().swinmoe_lanes())
-    except BackendUnavailableError as error:
-        return str(error)
-    return "" if lanes >= _LEAST_LANES else f"nobody has seen it gain with vectors of {lanes} numbers"
 
 
 def expert_mlp_forward(

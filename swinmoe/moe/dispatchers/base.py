@@ -8,14 +8,13 @@ other way round along the same plan, where autograd would scatter with atomics o
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from swinmoe import native
 from swinmoe.config.moe import CapacityPolicy
 from swinmoe.moe.types import DispatchPlan, ExpertRows, Queues, Routing
 
@@ -55,23 +54,21 @@ def _tokens(plan: DispatchPlan) -> Tensor:
     return filled if top_k == 1 else filled // top_k
 
 
-def _has_kernels(x: Tensor) -> bool:
-    """Whether embedding bags and sampled products are the faster way: each is one pass over memory, where the plain
-    operators take two or three. They are kernels of the CPU, for values in memory and of this dtype."""
-    on_cpu = x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
-    return on_cpu and x.dtype == torch.float32
+def _takes_kernels(x: Tensor, plan: DispatchPlan) -> bool:
+    """Whether ours in C++ carry `x`: float32 in a CPU's memory, outside graphs."""
+    plain = x.device.type == "cpu" and type(x) is Tensor and x.dtype == torch.float32
+    return plain and plan.native and not torch.compiler.is_compiling() and not native.why_no_kernels()
 
 
 def _sum_choices(rows: Tensor, weights: Tensor | None, plan: DispatchPlan) -> Tensor:
     """(M, D) -> (T, D): Σ_k weight_tk·row_tk; without weights kept choices count 1."""
+    if _takes_kernels(rows, plan):
+        return native.sum_choices(rows, plan.position, plan.kept, weights)
     num_tokens, top_k = plan.position.shape
     if rows.shape[0] == 0:
         return rows.new_zeros(num_tokens, rows.shape[1])
     if plan.kept is not None:
         weights = plan.kept.to(rows.dtype) if weights is None else weights * plan.kept
-    if _has_kernels(rows) and (weights is not None or top_k > 1):
-        weights = None if weights is None else weights.detach()
-        return F.embedding_bag(plan.position, rows.detach(), mode="sum", per_sample_weights=weights)
     total = rows.index_select(0, plan.position[:, 0])
     if weights is not None:
         total *= weights[:, :1]
@@ -88,41 +85,22 @@ def _weigh(grad: Tensor, gates: Tensor, plan: DispatchPlan) -> Tensor:
         weights = weights.index_select(0, plan.row)
     else:
         weights = weights.index_select(0, plan.row.clamp(min=0)) * (plan.row >= 0)
-    weights = weights.unsqueeze(1)
-    if _has_kernels(grad):
-        return F.embedding_bag(_tokens(plan).unsqueeze(1), grad, mode="sum", per_sample_weights=weights)
-    return grad.index_select(0, _tokens(plan)).mul_(weights)
+    return grad.index_select(0, _tokens(plan)).mul_(weights.unsqueeze(1))
 
 
 def _slopes(grad: Tensor, rows: Tensor, plan: DispatchPlan) -> Tensor:
     """Of outputs' gradients (T, D) what each gate gets: <row, grad> (T, K), 0 for dropped choices."""
-    num_tokens, top_k = plan.position.shape
-    if _has_kernels(grad) and _has_kernels(rows):
-        # The places of a T x M matrix of which these products are all that is wanted.
-        starts = torch.arange(0, plan.position.numel() + 1, top_k, device=grad.device)
-        places = _sparse(starts, plan.position.reshape(-1), grad.new_zeros(plan.position.numel()), len(rows))
-        products: Tensor = torch.sparse.sampled_addmm(places, grad, rows.t(), beta=0.0)
-        slopes = products.values().view(num_tokens, top_k)
-    else:
-        by_row = grad.index_select(0, _tokens(plan))
-        slopes = (rows * by_row).sum(-1)[plan.position]
+    by_row = grad.index_select(0, _tokens(plan))
+    slopes = (rows * by_row).sum(-1)[plan.position]
     return slopes if plan.kept is None else slopes * plan.kept
-
-
-def _sparse(starts: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
-    """Compressed sparse rows; the indices are right, so nobody looks at them."""
-    return torch.sparse_csr_tensor(starts, columns, values, (len(starts) - 1, width), check_invariants=False)
-
-
-with warnings.catch_warnings():  # torch remarks once a process that this layout may change
-    warnings.simplefilter("ignore")
-    _sparse(torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0), 0)
 
 
 class _TakeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: DispatchPlan) -> Tensor:
         ctx.plan = plan
+        if _takes_kernels(x, plan):
+            return native.take_rows(x, plan.row, plan.position.shape[1])
         if x.shape[0] == 0:
             return x.new_zeros(plan.row.shape[0], x.shape[1])
         rows = x.index_select(0, _tokens(plan))
@@ -148,9 +126,13 @@ class _CombineRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows, gates = ctx.saved_tensors
         plan: DispatchPlan = ctx.plan
+        needs_rows, needs_gates = ctx.needs_input_grad[:2]
+        if all(_takes_kernels(t, plan) for t in (grad, rows, gates)):
+            indices = (plan.row, plan.position, plan.kept)
+            wanted = {"needs_rows": needs_rows, "needs_weights": needs_gates}
+            return *native.sum_choices_backward(grad, rows, *indices, gates, **wanted), None
         if len(grad) == 0 or len(rows) == 0:
             return torch.zeros_like(rows), torch.zeros_like(gates), None
-        needs_rows, needs_gates = ctx.needs_input_grad[:2]
         grad = grad.contiguous()
         grad_rows = _weigh(grad, gates, plan) if needs_rows else None
         return grad_rows, _slopes(grad, rows, plan) if needs_gates else None, None

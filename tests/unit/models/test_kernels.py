@@ -13,6 +13,7 @@ from micro import two_stages
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from swinmoe import native
 from swinmoe.config import MoEConfig
 from swinmoe.errors import BackendUnavailableError
 from swinmoe.models import (
@@ -83,6 +84,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     watch(attention, "window_attention")
     watch(mlp, "biased_gelu")
     watch(expert_mlp, "kernel_mlp")
+    watch(native, "line_up")
+    watch(native, "sum_choices")
     return called
 
 
@@ -142,7 +145,7 @@ def test_leaving_them_leaves_them_all(calls: list[str]) -> None:
     model = model_of("v2", moe=MoEConfig(num_experts=4), moe_blocks=((1,), (1,)))
     use_native_kernels(model)
     outcome(model)
-    assert {"window_attention", "biased_gelu", "kernel_mlp"} == set(calls)
+    assert {"window_attention", "biased_gelu", "kernel_mlp", "line_up", "sum_choices"} == set(calls)
     calls.clear()
     leave_native_kernels(model)
     outcome(model)

@@ -1,11 +1,11 @@
 """Queues, capacity and plans, small enough to check by hand."""
 
-import subprocess
-import sys
+from typing import Any
 
 import pytest
 import torch
 
+from swinmoe import native
 from swinmoe.config import CapacityPolicy
 from swinmoe.errors import ConfigError
 from swinmoe.moe import capacity, require_slots
@@ -103,39 +103,52 @@ def test_a_policy_without_slots_is_refused():
         require_slots(CapacityPolicy(kind="fixed", factor=0.5, min_slots=0), 4, 8, 1)
 
 
+@pytest.mark.usefixtures("expert_kernel")
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize(("limit", "slots"), [(None, None), (2, None), (2, 2)])
+@pytest.mark.parametrize("prioritized", [False, True])
 @pytest.mark.parametrize("spread", [False, True])
-def test_kernels_of_the_cpu_say_what_the_plain_operators_say(
-    top_k: int, limit: int | None, slots: int | None, spread: bool, monkeypatch: pytest.MonkeyPatch
+def test_kernels_say_what_the_plain_operators_say(
+    top_k: int, limit: int | None, slots: int | None, prioritized: bool, spread: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows, sums and all gradients, with dropped choices and empty rows; `spread`: a gradient of stride 0."""
+    """Queues, rows, sums and all gradients, with dropped choices and empty rows; `spread`: a gradient of stride 0."""
     gen = torch.Generator().manual_seed(top_k)
     ids = torch.stack([torch.randperm(4, generator=gen)[:top_k] for _ in range(7)])
     gates = torch.rand(7, top_k, generator=gen)
-    decided = Routing(ids, gates, *(torch.zeros(7, 4) for _ in range(3)), 0.0)
-    queues = queue(decided, 4, limit)
-    layout = plan(decided, queues, rows=int(queues.counts.sum()), slots=slots)
+    decided = Routing(ids, gates, *(torch.rand(7, 4, generator=gen) for _ in range(3)), 0.0)
     x, slope = torch.randn(7, 5, generator=gen), torch.randn(7, 5, generator=gen)
+    called = []
+    for name in ("line_up", "give_rows", "take_rows", "sum_choices", "sum_choices_backward"):
+        original = getattr(native, name)
+
+        def spy(*given: Any, name: str = name, original: Any = original, **named: Any) -> Any:
+            called.append(name)
+            return original(*given, **named)
+
+        monkeypatch.setattr(native, name, spy)
     found = []
-    assert base._has_kernels(x) and not base._has_kernels(x.bfloat16()), "else both ways are one"
-    for kernels in (True, False):
-        if not kernels:
-            monkeypatch.setattr(base, "_has_kernels", lambda _: False)
+    for allowed in (True, False):
+        queues = queue(decided, 4, limit, batch_prioritized=prioritized, native=allowed)
+        layout = plan(decided, queues, rows=int(queues.counts.sum()), slots=slots, native=allowed)
         leaves = [x.clone().requires_grad_(), gates.clone().requires_grad_()]
         rows = base.take_rows(leaves[0], layout)
         rows.retain_grad()
         y = base.combine_rows(rows, leaves[1], layout)
         (y.sum() if spread else (y * slope).sum()).backward()
-        found.append([rows, y, rows.grad, *(leaf.grad for leaf in leaves)])
+        indices = [queues.slot, queues.routed, queues.counts, layout.row, layout.position]
+        found.append([*indices, rows, y, rows.grad, *(leaf.grad for leaf in leaves)])
+        # Going back, tokens add their rows up as `sum_choices` does.
+        once = ["line_up", "give_rows", "take_rows", "sum_choices", "sum_choices_backward", "sum_choices"]
+        assert called == once * allowed
+        called.clear()
     for ours, plain in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain)
         assert plain.abs().sum() > 0
 
 
-def test_sparse_places_are_made_in_silence() -> None:
-    """Torch's remark comes once a process: this one must have had it before a user's first step."""
-    code = "import warnings, torch; from swinmoe.moe.dispatchers import base; warnings.simplefilter('error')"
-    code += "; base._sparse(torch.arange(2), torch.zeros(1, dtype=torch.int64), torch.zeros(1), 1)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+def test_kernels_are_for_single_precision_outside_graphs() -> None:
+    layout = plan(routing([[0], [1]]), queue(routing([[0], [1]]), 2, None), rows=2)
+    x = torch.randn(2, 3)
+    assert base._takes_kernels(x, layout) == (native.why_no_kernels() == "")
+    for other in (x.bfloat16(), x.double(), x.to("meta"), torch.nn.Parameter(x)):
+        assert not base._takes_kernels(other, layout)

@@ -220,7 +220,7 @@ def test_takes_only_what_it_computes(case: str, monkeypatch: pytest.MonkeyPatch)
             with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
                 assert not takes(torch.zeros(37, 24), w, Gelu())
         case "no compiler":
-            monkeypatch.setattr(expert_kernel, "why_no_experts", lambda: "no compiler")
+            monkeypatch.setattr(expert_kernel, "why_no_kernels", lambda: "no compiler")
             assert not takes(x, w, Gelu())
 
 
@@ -283,7 +283,7 @@ def test_experts_know_why_they_do_not_take_it(
     made = kind(ExpertConfig(), num_experts=2, dim=4, hidden=4, name="", seed=0, init_std=0.02, **change)
     assert made.why_no_kernel() == reason
     if not reason:
-        monkeypatch.setattr("swinmoe.moe.expert_kernel.why_no_experts", lambda: "no compiler")
+        monkeypatch.setattr("swinmoe.moe.expert_kernel.why_no_kernels", lambda: "no compiler")
         assert made.why_no_kernel() == "no compiler"
         made.native = False
         assert made.why_no_kernel() == "they were told not to take it"

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from swinmoe.errors import BackendUnavailableError
+from swinmoe.native import build, experts, why_no_kernels
 from swinmoe.native import expert_mlp_backward as backward
 from swinmoe.native import expert_mlp_forward as forward
-from swinmoe.native import experts, why_no_experts
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 
@@ -357,12 +357,12 @@ def test_taken_where_there_is_a_compiler_and_wide_vectors(
                 raise BackendUnavailableError("no compiler")
             return lanes
 
-    monkeypatch.setattr(experts, "kernels", Kernels)
-    why_no_experts.cache_clear()
+    monkeypatch.setattr(build, "kernels", Kernels)
+    why_no_kernels.cache_clear()
     try:
-        assert (why_no_experts() == "") is taken
+        assert (why_no_kernels() == "") is taken
     finally:
-        why_no_experts.cache_clear()
+        why_no_kernels.cache_clear()
 
 
 def test_nothing_is_read_past_the_end() -> None:
