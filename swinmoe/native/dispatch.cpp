@@ -15,26 +15,30 @@ inline void ask(const float* row, int64_t dim) {
   for (int64_t j = 0; j < std::min<int64_t>(dim, 8 * LANES); j += 16) __builtin_prefetch(row + j);
 }
 
-// to = weight from, or += of it.
-inline void put(float* to, const float* from, float weight, int64_t dim, bool add) {
+// to = weight from, streamed or not; or += of it.
+inline void put(float* to, const float* from, float weight, int64_t dim, bool add, bool streamed) {
   const Vec by = fill(weight);
   int64_t j = 0;
   for (; j + LANES <= dim; j += LANES) {
     const Vec x = load(from + j) * by;
-    store(to + j, add ? load(to + j) + x : x);
+    if (streamed)
+      stream(to + j, x);
+    else
+      store(to + j, add ? load(to + j) + x : x);
   }
   for (; j < dim; j++) to[j] = add ? to[j] + weight * from[j] : weight * from[j];
 }
 
 // to = weight from, and the product of `from` and `row`.
-inline float put_and_multiply(float* to, const float* from, const float* row, float weight, int64_t dim) {
+inline float put_and_multiply(float* to, const float* from, const float* row, float weight, int64_t dim,
+                              bool streamed) {
   const Vec by = fill(weight);
   Vec sums[2] = {};
   int64_t j = 0;
   for (int v = 0; j + LANES <= dim; j += LANES, v ^= 1) {
     const Vec x = load(from + j);
     sums[v] += x * load(row + j);
-    if (to) store(to + j, x * by);
+    if (to) streamed ? stream(to + j, x * by) : store(to + j, x * by);
   }
   float total = sum(sums[0] + sums[1]);
   for (; j < dim; j++) {
@@ -88,15 +92,20 @@ int swinmoe_give_rows(int64_t all, int64_t experts, int64_t rows, const int64_t*
 int swinmoe_take_rows(int64_t tokens, int64_t choices, int64_t rows, int64_t dim, int64_t threads, const int64_t* row,
                       const float* x, float* out) {
   std::atomic<int> status{0};
-#pragma omp parallel for num_threads(threads)
-  for (int64_t m = 0; m < rows; m++) {
-    if (m + kAhead < rows && within(row[m + kAhead], tokens * choices)) ask(x + row[m + kAhead] / choices * dim, dim);
-    if (row[m] < 0)
-      std::fill(out + m * dim, out + (m + 1) * dim, 0.0f);
-    else if (row[m] < tokens * choices)
-      std::copy_n(x + row[m] / choices * dim, dim, out + m * dim);
-    else
-      status = kOutside;
+  const bool streamed = streams(out, rows, dim);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for
+    for (int64_t m = 0; m < rows; m++) {
+      if (m + kAhead < rows && within(row[m + kAhead], tokens * choices)) ask(x + row[m + kAhead] / choices * dim, dim);
+      if (row[m] < 0)
+        std::fill(out + m * dim, out + (m + 1) * dim, 0.0f);
+      else if (row[m] < tokens * choices)
+        put(out + m * dim, x + row[m] / choices * dim, 1.0f, dim, false, streamed);
+      else
+        status = kOutside;
+    }
+    finish_streams();
   }
   return status;
 }
@@ -107,21 +116,26 @@ int swinmoe_sum_choices(int64_t tokens, int64_t choices, int64_t rows, int64_t d
                         float* out) {
   std::atomic<int> status{0};
   const int64_t all = tokens * choices;
-#pragma omp parallel for num_threads(threads)
-  for (int64_t t = 0; t < tokens; t++) {
-    bool any = false;
-    for (int64_t i = t * choices; i < (t + 1) * choices; i++) {
-      const int64_t soon = i + kAhead * choices;
-      if (soon < all && within(position[soon], rows)) ask(from + position[soon] * dim, dim);
-      if (kept && !kept[i]) continue;
-      if (!within(position[i], rows)) {
-        status = kOutside;
-        continue;
+  const bool streamed = choices == 1 && streams(out, tokens, dim);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for
+    for (int64_t t = 0; t < tokens; t++) {
+      bool any = false;
+      for (int64_t i = t * choices; i < (t + 1) * choices; i++) {
+        const int64_t soon = i + kAhead * choices;
+        if (soon < all && within(position[soon], rows)) ask(from + position[soon] * dim, dim);
+        if (kept && !kept[i]) continue;
+        if (!within(position[i], rows)) {
+          status = kOutside;
+          continue;
+        }
+        put(out + t * dim, from + position[i] * dim, weights ? weights[i] : 1.0f, dim, any, streamed);
+        any = true;
       }
-      put(out + t * dim, from + position[i] * dim, weights ? weights[i] : 1.0f, dim, any);
-      any = true;
+      if (!any) std::fill(out + t * dim, out + (t + 1) * dim, 0.0f);
     }
-    if (!any) std::fill(out + t * dim, out + (t + 1) * dim, 0.0f);
+    finish_streams();
   }
   return status;
 }
@@ -133,6 +147,7 @@ int swinmoe_sum_choices_backward(int64_t tokens, int64_t choices, int64_t rows, 
                                  const float* grad, const float* from, float* grad_rows, float* grad_weights) {
   std::atomic<int> status{0};
   const int64_t all = tokens * choices;
+  const bool streamed = grad_rows && streams(grad_rows, rows, dim);
 #pragma omp parallel num_threads(threads)
   {
     if (grad_rows) {
@@ -155,10 +170,11 @@ int swinmoe_sum_choices_backward(int64_t tokens, int64_t choices, int64_t rows, 
       const float* own = grad + i / choices * dim;
       float* to = grad_rows ? grad_rows + position[i] * dim : nullptr;
       if (grad_weights)
-        grad_weights[i] = put_and_multiply(to, own, from + position[i] * dim, weights[i], dim);
+        grad_weights[i] = put_and_multiply(to, own, from + position[i] * dim, weights[i], dim, streamed);
       else if (to)
-        put(to, own, weights[i], dim, false);
+        put(to, own, weights[i], dim, false, streamed);
     }
+    finish_streams();
   }
   return status;
 }

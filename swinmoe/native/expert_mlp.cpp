@@ -118,8 +118,12 @@ inline void multiply(int64_t rows, int64_t depth, const float* a, int64_t a_row,
   product_of<PACKED>(rows, std::make_integer_sequence<int, kDown>())(depth, a, a_row, b, out, fetched);
 }
 
-// n numbers of a tile's row go to `to`; or are added to what is there.
-inline void put(float* to, const float* row, int64_t n, bool add) {
+// n numbers of a tile's row go to `to`, streamed or not; or are added to what is there.
+inline void put(float* to, const float* row, int64_t n, bool add, bool streamed = false) {
+  if (streamed) {
+    for (int64_t j = 0; j < n; j += LANES) stream(to + j, load(row + j));
+    return;
+  }
   for (int64_t j = 0; j < n; j += LANES) {
     const int64_t some = std::min<int64_t>(LANES, n - j);
     const Vec x = load(row + j);
@@ -267,6 +271,11 @@ struct Mlp {
   int64_t most = 0, longest = 0, num_rows = 0;  // of a wave, of a unit, in all
 
   int64_t stride() const { return up(hidden) + LANES; }  // so that rows do not fall into the same sets of a cache
+  bool streams_pre(const float* const* pre) const {
+    bool all = true;
+    for (int64_t c = 0; c * chunk < num_rows; c++) all = all && streams(pre[c], num_rows, hidden);
+    return all;
+  }
   int64_t panels(bool second) const { return ceil_div(second ? dim : hidden, kAcross); }
 
   void plan(int64_t threads) {
@@ -457,6 +466,7 @@ void forward(const Mlp& m, const Forward& t, int64_t threads) {
   std::vector<std::vector<Item>> items(threads);
   std::vector<std::vector<int64_t>> ends(threads);
   m.make_room(items, ends);
+  const bool streams_out = streams(t.out, m.num_rows, D), streams_pre = t.pre && m.streams_pre(t.pre);
 #pragma omp parallel num_threads(threads)
   {
     const int64_t thread = omp_get_thread_num();
@@ -488,7 +498,7 @@ void forward(const Mlp& m, const Forward& t, int64_t threads) {
           float* kept = t.pre ? t.pre[from / m.chunk] + from % m.chunk * F + f : nullptr;
           float* to = hidden + (unit.at + row) * stride + f;
           Fetched fetched{rows_of(to, stride, rows)};
-          if (kept) fetched.then_written = rows_of(kept, F, rows);
+          if (kept && !streams_pre) fetched.then_written = rows_of(kept, F, rows);
           fetched.weights = next.ahead(part, parts);
           multiply<false>(rows, D, t.x + from * D, D, now.panel, tile, fetched);
           for (int64_t r = 0; r < rows; r++) {
@@ -499,7 +509,10 @@ void forward(const Mlp& m, const Forward& t, int64_t threads) {
               Vec value = Activation::value(y);
               if (DROPS) value *= t.dropout.factors(key, f + v * LANES);
               if (some >= LANES) {
-                if (kept) store(kept + r * F + v * LANES, y);
+                if (streams_pre)
+                  stream(kept + r * F + v * LANES, y);
+                else if (kept)
+                  store(kept + r * F + v * LANES, y);
                 store(to + r * stride + v * LANES, value);
               } else if (some > 0) {
                 if (kept) store_some(kept + r * F + v * LANES, y, some);
@@ -521,19 +534,21 @@ void forward(const Mlp& m, const Forward& t, int64_t threads) {
         Packing next = packing_of(i + 1);
         int64_t part = 0;
         tiles(unit, [&](int64_t row, int64_t from, int64_t rows) {
-          Fetched fetched{rows_of(t.out + from * D + d, D, rows)};
+          Fetched fetched{};
+          if (!streams_out) fetched.written = rows_of(t.out + from * D + d, D, rows);
           fetched.weights = next.ahead(part, parts);
           multiply<false>(rows, F, hidden + (unit.at + row) * stride, stride, now.panel, tile, fetched);
           for (int64_t r = 0; r < rows; r++) {
             float* sum = tile + r * kAcross;
             for (int v = 0; v < 2; v++) store(sum + v * LANES, load(sum + v * LANES) + bias[v]);
-            put(t.out + (from + r) * D + d, sum, n, false);
+            put(t.out + (from + r) * D + d, sum, n, false, streams_out);
           }
           next.go_on(part++, parts);
         });
         now = next;
       }
     }
+    finish_streams();
   }
 }
 
@@ -560,6 +575,7 @@ void backward(const Mlp& m, const Backward& t, int64_t threads) {
   m.make_room(items, ends);
   std::vector<char> has_rows(m.experts, 0);
   for (const Unit& unit : m.units) has_rows[unit.expert] = 1;
+  const bool streams_x = t.grad_x && streams(t.grad_x, m.num_rows, D);
 #pragma omp parallel num_threads(threads)
   {
     const int64_t thread = omp_get_thread_num(), there = omp_get_num_threads();
@@ -692,15 +708,17 @@ void backward(const Mlp& m, const Backward& t, int64_t threads) {
         int64_t part = 0;
         if (t.grad_x)
           tiles(unit, [&](int64_t row, int64_t from, int64_t rows) {
-            const Fetched fetched{rows_of(t.grad_x + from * D + d, D, rows), {}, {}, next.ahead(part, parts)};
+            Fetched fetched{{}, {}, {}, next.ahead(part, parts)};
+            if (!streams_x) fetched.written = rows_of(t.grad_x + from * D + d, D, rows);
             multiply<false>(rows, F, grads + (unit.at + row) * stride, stride, now.panel, tile, fetched);
-            for (int64_t r = 0; r < rows; r++) put(t.grad_x + (from + r) * D + d, tile + r * kAcross, n, false);
+            for (int64_t r = 0; r < rows; r++) put(t.grad_x + (from + r) * D + d, tile + r * kAcross, n, false, streams_x);
             next.go_on(part++, parts);
           });
         next.finish();
         now = next;
       }
     }
+    finish_streams();
   }
 }
 

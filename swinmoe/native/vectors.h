@@ -23,6 +23,33 @@ inline void store(float* to, Vec x) { *reinterpret_cast<Anywhere*>(to) = x; }
 inline Vec fill(float x) { return x - Vec{}; }
 inline int64_t up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
+// Written past the caches, where nobody reads it before they have been through more than they hold; `to` is aligned.
+inline void stream(float* to, Vec x) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(x, reinterpret_cast<Vec*>(to));
+#elif defined(__AVX512F__)
+  __builtin_ia32_movntps512(to, x);
+#elif defined(__AVX__)
+  __builtin_ia32_movntps256(to, x);
+#else
+  store(to, x);
+#endif
+}
+
+// Before others may read what was streamed.
+inline void finish_streams() {
+#if defined(__SSE__)
+  __builtin_ia32_sfence();
+#endif
+}
+
+constexpr int64_t kStreamed = 1 << 21;  // bytes of a map that is streamed: more than a core's own caches hold
+
+// Whether to stream rows of `width` numbers that begin at `at`.
+inline bool streams(const float* at, int64_t rows, int64_t width) {
+  return reinterpret_cast<uintptr_t>(at) % sizeof(Vec) == 0 && width % LANES == 0 && 4 * rows * width >= kStreamed;
+}
+
 // Up to LANES numbers; what is missing is 0.
 inline Vec load_some(const float* from, int64_t n) {
   Vec x = {};

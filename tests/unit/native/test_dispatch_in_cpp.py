@@ -93,6 +93,23 @@ def test_rows_sums_and_gradients_are_those_of_a_loop(top_k: int, padded: bool, w
                 torch.testing.assert_close(mine, other, **near)
 
 
+@pytest.mark.parametrize("width", [256, 250])
+def test_large_maps_go_past_the_caches(width: int) -> None:
+    """2 MB and more, which are streamed if rows are whole vectors."""
+    tokens = 2200
+    place = torch.randperm(tokens)
+    row, position = place.argsort(), place.unsqueeze(1)
+    x, grad, weights = torch.randn(tokens, width), torch.randn(tokens, width), torch.rand(tokens, 1)
+    rows = native.take_rows(x, row, 1)
+    assert torch.equal(rows, x[row])
+    assert torch.equal(native.sum_choices(rows, position, None, None), x)
+    assert torch.equal(native.sum_choices(rows, position, None, weights), x * weights)
+    wanted = {"needs_rows": True, "needs_weights": True}
+    grad_rows, grad_weights = native.sum_choices_backward(grad, rows, row, position, None, weights, **wanted)
+    assert grad_rows is not None and torch.equal(grad_rows, (weights * grad)[row])
+    torch.testing.assert_close(grad_weights, (x * grad).sum(1, keepdim=True), rtol=1e-4, atol=1e-4)
+
+
 def test_all_kept_may_be_said_by_nothing() -> None:
     row, position, kept = layout(2, TOKENS, False)
     assert kept.all()

@@ -128,6 +128,18 @@ def test_equals_a_loop_in_double_precision(counts: list[list[int]], dim: int, hi
     check(counts, dim, hidden)
 
 
+@pytest.mark.parametrize("dim, hidden", [(224, 208), (224, 200), (210, 208)])
+def test_large_maps_go_past_the_caches(dim: int, hidden: int) -> None:
+    """Output, the rows' gradients and pre-activations of 2 MB and more, those in two pieces, are streamed if rows are
+    whole vectors."""
+    torch.set_num_threads(2)
+    counts = [[900, 0, 5], [1600, 300, 0]]
+    assert 4 * sum(map(sum, counts)) * min(dim, hidden) >= 2**21
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts, "_CHUNK_BYTES", 4 * hidden * 1500)
+        check(counts, dim, hidden)
+
+
 def test_relu() -> None:
     check(SOME, 40, 50, "relu")
 
