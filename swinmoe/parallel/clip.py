@@ -10,11 +10,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from swinmoe.comm.failure import naming
-from swinmoe.comm.traffic import note_all_reduce
+from swinmoe.comm import all_reduce_sum
 from swinmoe.parallel.cut import is_cut, local_part
 from swinmoe.parallel.expert_parameter import is_expert_parameter
 from swinmoe.parallel.mesh import Mesh
@@ -73,9 +71,7 @@ def clip_grad_norm(model_or_params: nn.Module | Iterable[Tensor], max_norm: floa
         if mesh.replica == 0:
             total = total + _square_sum(experts, total)
         total = total + _square_sum(rows, total)
-        note_all_reduce(total, None, "clipping")
-        with naming("clipping: summing the gradients' norm"):
-            dist.all_reduce(total)
+        total = all_reduce_sum(total, mesh.world_group, "clipping")
     norm = total.sqrt()
     if max_norm is not None and everything:
         torch._foreach_mul_(everything, (max_norm / (norm + 1e-6)).clamp(max=1.0))

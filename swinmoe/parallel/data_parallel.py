@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from swinmoe.comm import all_reduce_max, all_reduce_sum
 from swinmoe.comm.failure import naming
 from swinmoe.comm.traffic import note_all_reduce
 from swinmoe.moe.layer import MoEMlp
@@ -123,23 +124,11 @@ def _summed_layers(model: nn.Module) -> list[SummedOverReplicas]:
 
 @torch.no_grad()
 def global_min(tensor: Tensor, mesh: Mesh, what: str = "a minimum over all ranks") -> Tensor:
-    """The smallest of each element over all ranks; a new tensor (`tensor` itself on one process)."""
-    if mesh.world == 1:
-        return tensor.detach()
-    least = tensor.detach().clone(memory_format=torch.contiguous_format)
-    note_all_reduce(least, None, what)
-    with naming(what):
-        dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return least
+    """The smallest of each element over all ranks; a new tensor."""
+    return -all_reduce_max(-tensor.detach(), mesh.world_group, what)
 
 
 @torch.no_grad()
 def global_sum(tensor: Tensor, mesh: Mesh, what: str = "a sum over all ranks") -> Tensor:
     """The sum of `tensor` over all ranks, without a gradient; a new tensor (`tensor` itself on one process)."""
-    if mesh.world == 1:
-        return tensor.detach()
-    total = tensor.detach().clone(memory_format=torch.contiguous_format)
-    note_all_reduce(total, None, what)
-    with naming(what):
-        dist.all_reduce(total)
-    return total
+    return all_reduce_sum(tensor.detach(), mesh.world_group, what)

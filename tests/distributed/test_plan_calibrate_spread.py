@@ -28,6 +28,7 @@ def figures() -> tuple[int, float, float, list[tuple[int, float]], str, str]:
     assert alone.inside is alone.shared is None
     assert everyone.inside is not None and everyone.shared is not None
     assert found.among(everyone.processes).inside == everyone.inside
+    assert alone.lockstep is None and everyone.lockstep is not None and 1 <= everyone.lockstep.value < 10
     ways = found.shared.bandwidth.source, link.bandwidth.source
     return found.processes_per_node, link.bandwidth.value, link.latency.value, sharing, *ways
 

@@ -23,7 +23,7 @@ from swinmoe.config import MoEConfig, ParallelConfig
 from swinmoe.errors import ConfigError
 from swinmoe.moe import MoEMlp
 from swinmoe.parallel import Mesh, make_mesh
-from swinmoe.profiling.clock import Step, take_turns
+from swinmoe.profiling.clock import Step, meet, take_turns
 from swinmoe.profiling.link import Sample, fit_link
 from swinmoe.profiling.plan.cost import Cost, product
 from swinmoe.profiling.plan.hardware import NEVER, WIDTH, Figure, Hardware, Link, Rates, Sharing
@@ -34,6 +34,8 @@ SHAPES = ((4608, 384, 384), (4608, 1536, 384), (2304, 384, 1536), (1152, 768, 76
 WINDOWS = ((512, 49, 32), (128, 144, 32), (64, 16, 16))
 """(batch, tokens, width of a head) of attention's products."""
 ROWS, DIM, EXPERTS = 4608, 384, 8
+PIECES = 3
+"""Times that processes in lockstep go through their pieces of work."""
 SIZES = (2**8, 2**12, 2**15, 2**18, 2**20, 2**22)
 """Bytes of messages."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -109,7 +111,15 @@ def calibrate(device: torch.device, *, rounds: int = 9, say: Callable[[str], Non
     sharing = []
     for processes, slowdown in _slowdowns(mesh, rounds, source):
         between_them = links.get(processes, (None, None))
-        sharing.append(Sharing(processes=processes, slowdown=slowdown, inside=between_them[0], shared=between_them[1]))
+        sharing.append(
+            Sharing(
+                processes=processes,
+                slowdown=slowdown,
+                inside=between_them[0],
+                shared=between_them[1],
+                lockstep=_lockstep(processes, mesh, rounds, source) if processes in links else None,
+            )
+        )
     return replace(here, sharing=tuple(sharing))
 
 
@@ -278,6 +288,33 @@ def _slowdowns(mesh: Mesh, rounds: int, source: str) -> Iterator[tuple[int, Figu
         median = statistics.median(taken)
         alone = median if alone is None else alone
         yield processes, Figure(value=median / alone, source=source)
+
+
+def _lockstep(processes: int, mesh: Mesh, rounds: int, source: str) -> Figure:
+    """How much longer so many processes at once take for small pieces of work if all wait for the slowest after each,
+    without what the messages take by which they wait; the other processes wait for all of it."""
+    device = torch.device("cpu")
+    mix = [b for b in (*_products("fp32", device), *_streams(device)) if b.name in ("1152x768x768", "norm", "copy")]
+    group = first_ranks(processes)
+
+    def work(meets: bool, computes: bool = True) -> None:
+        if group is None:
+            return
+        for _ in range(PIECES):
+            for bench in mix:
+                if computes:
+                    bench.step()
+                if meets:
+                    meet(group)
+
+    steps: dict[str, Step] = {
+        "apart": _bound(work, False),
+        "lockstep": _bound(work, True),
+        "messages": _bound(work, True, False),
+    }
+    taken = take_turns(steps, rounds, group=mesh.world_group)
+    apart, lockstep, messages = (taken[name].median for name in steps)
+    return Figure(value=max(1.0, (lockstep - messages) / apart), source=source)
 
 
 def _machine(device: torch.device) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil, log2
 
+from swinmoe.comm.neighbours import SMALLEST
 from swinmoe.profiling.plan.hardware import Hardware, Link
 
 
@@ -95,6 +96,23 @@ def all_reduce(at: Layout, volume: float, hardware: Hardware) -> float:
     link, rate = _path(at, hardware)
     tree = 2 * (ceil(log2(at.ranks)) * link.latency.value + (volume + link.half_message.value) / rate)
     return min(ring, tree)
+
+
+def gather_few(at: Layout, share: float, hardware: Hardware) -> float:
+    """A gather of a few numbers from every rank: where ranks of one node share memory, in one round through that."""
+    if _is_few(at, share, hardware):
+        return hardware.neighbours.seconds(at.ranks - 1, share)
+    return all_gather(at, share, hardware)
+
+
+def sum_few(at: Layout, volume: float, hardware: Hardware) -> float:
+    """A sum of a few numbers: a gather, where that goes through shared memory, else an all-reduce."""
+    return gather_few(at, volume, hardware) if _is_few(at, volume, hardware) else all_reduce(at, volume, hardware)
+
+
+def _is_few(at: Layout, share: float, hardware: Hardware) -> bool:
+    """Whether `comm` takes memory for it."""
+    return at.ranks > 1 and at.nodes == 1 and hardware.shared is not None and at.ranks * share <= SMALLEST
 
 
 def _path(at: Layout, hardware: Hardware) -> tuple[Link, float]:

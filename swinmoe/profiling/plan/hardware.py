@@ -90,6 +90,9 @@ class Sharing:
     """Between so many: with more processes than cores, who is waited for may not be running. None: as the machine's."""
     shared: Link | None = None
     """The same for rows through shared memory."""
+    lockstep: Figure | None = None
+    """How many times slower again where they wait for each other every few milliseconds, as in expert layers: the next
+    piece begins when the slowest has ended this one. None: nobody measured it, and 1 is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +124,7 @@ class Hardware:
 
     def __post_init__(self) -> None:
         for name, figure in _figures(self):
-            low_open = name.startswith("rates.") or name.endswith((".bandwidth", ".slowdown", "memory"))
+            low_open = name.startswith("rates.") or name.endswith((".bandwidth", ".slowdown", ".lockstep", "memory"))
             if not figure.value < float("inf") or figure.value < 0 or (low_open and figure.value == 0):
                 raise ConfigError(
                     f"hardware {self.name!r}: {name}={figure.value:g} must be {'above' if low_open else 'at least'} 0 "
@@ -169,15 +172,14 @@ class Hardware:
         known = sorted((s.processes, s.slowdown.value) for s in self.sharing)
         if not known:
             return 1.0
-        below = [pair for pair in known if pair[0] <= processes]
-        above = [pair for pair in known if pair[0] > processes]
-        if not below:
-            return known[0][1]
-        low, value = below[-1]
-        if not above:  # cores are shared evenly from here on
-            return value * processes / low
-        high, other = above[0]
-        return value + (other - value) * (processes - low) / (high - low)
+        if processes > known[-1][0]:  # cores are shared evenly from here on
+            return known[-1][1] * processes / known[-1][0]
+        return _between(known, processes)
+
+    def lockstep(self, processes: int) -> float:
+        """How many times slower again where so many ranks of a machine wait for each other all the time."""
+        known = sorted((s.processes, s.lockstep.value) for s in self.sharing if s.lockstep is not None)
+        return _between(known, processes) if known else 1.0
 
     def among(self, processes: int) -> Hardware:
         """The same machine with the links that it has when so many processes share a node."""
@@ -200,6 +202,14 @@ class Hardware:
     def as_yaml(self) -> str:
         """The text of a file that `load_hardware` reads."""
         return str(yaml.safe_dump(_dense(to_tree(self)), sort_keys=False, width=110))
+
+
+def _between(known: list[tuple[int, float]], processes: int) -> float:
+    """What holds for so many, linear between the numbers of processes that are known; beyond them, that of the last."""
+    below = [pair for pair in known if pair[0] <= processes] or known[:1]
+    above = [pair for pair in known if pair[0] >= processes] or known[-1:]
+    (low, value), (high, other) = below[-1], above[0]
+    return value if high == low else value + (other - value) * (processes - low) / (high - low)
 
 
 def _precisions(rates: Rates) -> tuple[str, ...]:

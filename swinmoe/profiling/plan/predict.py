@@ -15,7 +15,7 @@ from swinmoe.config import RunConfig
 from swinmoe.errors import ConfigError
 from swinmoe.models.counts import count
 from swinmoe.profiling.plan.cost import Cost
-from swinmoe.profiling.plan.exchange import Layout, all_gather, all_reduce, layout
+from swinmoe.profiling.plan.exchange import Layout, all_gather, all_reduce, layout, sum_few
 from swinmoe.profiling.plan.hardware import Hardware
 from swinmoe.profiling.plan.memory import Memory, kept_for_backward, plan_memory
 from swinmoe.profiling.plan.spread import Spread, needs_padding
@@ -152,7 +152,12 @@ def predict(run: RunConfig, scene: Scene) -> Prediction:
     ahead, back = (hardware.seconds(cost, precision, here) for cost in (forward, backward))
     dense = ahead + back
     layers = [spread.seconds(hardware, here) for spread in spreads]
-    moe, waiting, computing = (sum(layer[i] for layer in layers) for i in range(3))
+    working = [sum(layer.forward for layer in layers), sum(layer.backward for layer in layers)]
+    waiting, computing = sum(layer.waiting for layer in layers), sum(layer.experts for layer in layers)
+    # Who waits for the slowest in one layer has begun the next late, and all that lies between them too.
+    meets = [any(spread.meets[way] for spread in spreads) for way in (0, 1)]
+    lag = hardware.lockstep(here) - 1
+    waiting += lag * sum(x * (a + b) for x, a, b in zip(meets, (ahead, back), working, strict=True))
     A = run.train.accumulation
     sync = exposed_sync(run, scene, spreads, ahead + computing / 2, back + computing / 2)
     update = hardware.seconds(update_work(run, spreads, scene), precision, here)
@@ -162,10 +167,10 @@ def predict(run: RunConfig, scene: Scene) -> Prediction:
         world=world,
         images=run.train.batch_size,
         micro_batches=A,
-        seconds=A * (dense + moe) + sync + update,
+        seconds=A * (dense + sum(working) + waiting) + sync + update,
         dense=A * dense,
         experts=A * computing,
-        moe_other=A * (moe - waiting - computing),
+        moe_other=A * (sum(working) - computing),
         exchange=A * waiting,
         sync=sync,
         update=update,
@@ -222,14 +227,14 @@ def exposed_sync(run: RunConfig, scene: Scene, spreads: list[Spread], forward: f
     if parallel.shard_dense:
         times, last = _units(run, spreads, everyone, hardware, wide)
         behind = run.train.accumulation * (forward + backward)
-        after += all_reduce(everyone, wide, hardware)  # the norm, of which every rank has some rows' share
+        after += sum_few(everyone, wide, hardware)  # the norm, of which every rank has some rows' share
     else:
         routed = sum(s.layer.num_experts * s.layer.expert_params for s in spreads)
         dense = wide * (count(run.model).trainable - (routed if ep > 1 else 0))
         times, last = (bucketed(size, everyone, hardware) for size in (dense, min(dense, BUCKET_BYTES)))
         behind = backward
         if ep > 1:
-            after += all_reduce(everyone, wide, hardware)
+            after += sum_few(everyone, wide, hardware)
     if ep > 1 and world > ep:
         replicas = layout(world // ep, ep, node)
         # the ranks of a node share its adapters: their groups of replicas sum at the same time

@@ -16,10 +16,11 @@ from swinmoe.profiling.plan.cost import Cost, backward_of, product
 from swinmoe.profiling.plan.exchange import (
     Layout,
     all_gather,
-    all_reduce,
     all_to_all,
+    gather_few,
     layout,
     overlapped,
+    sum_few,
     two_stage_all_to_all,
 )
 from swinmoe.profiling.plan.hardware import Hardware
@@ -126,10 +127,11 @@ class Spread:
         own = choices * layer.dim * self.at.narrow
         laid = self.rows * layer.dim * self.at.narrow
         tokens = own / layer.top_k
-        if self.at.experts_in_blocks:
-            # One pass each: choices summed; gradients weighed, multiplied by rows, and summed.
-            forward = Cost(rows=2 * laid + own + tokens, calls=8)
-            backward = Cost(rows=2 * laid + 2 * (own + tokens), calls=10)
+        if self.at.experts_in_kernel:
+            # By kernels of their own, one walk each: rows taken; choices summed. Gradients weighed and multiplied by
+            # rows; those of rows summed.
+            forward = Cost(rows=laid + 2 * own + tokens, calls=2)
+            backward = Cost(rows=own + 2 * laid + 2 * tokens, calls=4)
         else:
             forward = Cost(rows=2 * laid + (4 if layer.top_k == 1 else 5) * own, calls=8)
             backward = Cost(rows=7 * laid + 2 * own, calls=12)
@@ -193,24 +195,45 @@ class Spread:
         world = layout(self.world, 1, self.processes_per_node)
         seconds = 0.0
         if self.parallel.token_group > 1:
-            seconds += all_gather(self.journey, 8 * self.layer.num_experts, hardware)
+            seconds += gather_few(self.journey, 8 * self.layer.num_experts, hardware)
         if self.world > 1 and losses.batch == "global":
-            seconds += all_reduce(world, 4 * (2 * self.layer.num_experts + 1), hardware)
+            seconds += sum_few(world, 4 * (2 * self.layer.num_experts + 1), hardware)
         return seconds
 
-    def seconds(self, hardware: Hardware, processes: int) -> tuple[float, float, float]:
-        """(time, of which nothing but waiting for transfers, experts alone) of forward and backward."""
+    @property
+    def meets(self) -> tuple[bool, bool]:
+        """Whether ranks wait for each other in this layer, forward and backward."""
+        travels = self.parallel.token_group > 1 or self.parallel.weight_group > 1
+        return travels or (self.world > 1 and self.moe.losses.batch == "global"), travels
+
+    def seconds(self, hardware: Hardware, processes: int) -> Seconds:
+        """Of forward and backward."""
         r = self.parallel.chunks
-        whole = waiting = computing = 0.0
+        busy, waiting, computing = [], self.metadata(hardware), 0.0
         for cost, carried, times in zip(self.experts(r), self.carry(), (1 + self.recomputed, 1), strict=True):
             work = hardware.seconds(cost, self.at.precision, processes)
             transfer = 2 * self.exchange(hardware, r)
             line = overlapped(transfer, work, r, hardware.overlap.value) + self.gather_weights(hardware)
-            whole += times * (line + hardware.seconds(carried, self.at.precision, processes))
             waiting += times * (line - r * work)
             computing += times * r * work
-        small = self.metadata(hardware)
-        return whole + small, waiting + small, computing
+            busy.append(r * work + hardware.seconds(carried, self.at.precision, processes))
+        if self.recomputed:
+            busy[1] += busy[0]
+        return Seconds(busy[0], busy[1], waiting, computing)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What one layer takes of a micro-batch."""
+
+    forward: float
+    """Of work."""
+    backward: float
+    """Of work, with what is computed again."""
+    waiting: float
+    """For transfers, and nothing else."""
+    experts: float
+    """Of the work, experts alone."""
 
 
 def needs_padding(dispatcher: str, device: str, kind: str) -> bool:

@@ -22,8 +22,10 @@ from swinmoe.profiling.plan.exchange import (
     all_gather,
     all_reduce,
     all_to_all,
+    gather_few,
     layout,
     overlapped,
+    sum_few,
     two_stage_all_to_all,
 )
 from swinmoe.profiling.plan.hardware import Figure, Hardware, Link, Sharing, known_hardware, load_hardware
@@ -110,6 +112,53 @@ def test_sharing_is_linear_between_figures_and_even_beyond() -> None:
     figures = tuple(Sharing(processes=n, slowdown=Figure(value=v, source="test")) for n, v in ((1, 1.0), (3, 2.0)))
     hardware = replace(load_hardware("cpu"), sharing=figures)
     assert [hardware.slowdown(n) for n in (1, 2, 3, 6)] == [1.0, 1.5, 2.0, 4.0]
+
+
+def in_lockstep(times: float) -> Hardware:
+    one = Figure(value=1.0, source="test")
+    return replace(CPU, sharing=(Sharing(processes=2, slowdown=one, lockstep=replace(one, value=times)),))
+
+
+def test_lockstep_slows_what_ranks_compute_between_meetings() -> None:
+    """By hand: of all work where rows travel, of the forward pass where statistics alone are summed, of none where
+    ranks meet at the end."""
+    for changes, share in (
+        ({"parallel": {"ep_size": 2}}, "all"),
+        ({"parallel": {"ep_size": 2, "weight_group": 2}}, "all"),
+        ({}, "some"),
+        ({"model": MODEL | {"moe": {"num_experts": 8, "losses": {"batch": "local"}}}}, "none"),
+        ({"model": {k: v for k, v in MODEL.items() if not k.startswith("moe")}}, "none"),
+    ):
+        before, after = (predict(run_of(**changes), Scene(in_lockstep(times), 2)) for times in (1.0, 1.5))
+        work = before.dense + before.experts + before.moe_other
+        more = after.seconds - before.seconds
+        assert after.exchange - before.exchange == pytest.approx(more)
+        if share == "some":
+            assert 0.25 * work < more / 0.5 < 0.45 * work
+        else:
+            assert more == pytest.approx(0.5 * work if share == "all" else 0.0)
+
+
+def test_lockstep_is_linear_between_figures_and_stays_beyond() -> None:
+    one = Figure(value=1.0, source="test")
+    figures = tuple(
+        Sharing(processes=n, slowdown=one, lockstep=None if v is None else Figure(value=v, source="test"))
+        for n, v in ((1, None), (2, 1.2), (4, 1.6))
+    )
+    hardware = replace(CPU, sharing=figures)
+    assert [hardware.lockstep(n) for n in (2, 3, 4, 6)] == pytest.approx([1.2, 1.4, 1.6, 1.6])
+    assert H100.lockstep(8) == 1.0
+
+
+def test_few_numbers_go_through_shared_memory() -> None:
+    hardware = replace(machine(link(1.0, 10.0), link(9.0, 10.0), 4), shared=link(0.5, 100.0))
+    here, apart = layout(4, 1, 4), layout(8, 1, 4)
+    assert gather_few(here, 10, hardware) == pytest.approx(0.5 + 3 * 10 / 100)
+    assert sum_few(here, 10, hardware) == gather_few(here, 10, hardware)
+    assert gather_few(here, 2**15, hardware) == all_gather(here, 2**15, hardware)  # too many
+    assert sum_few(apart, 10, hardware) == all_reduce(apart, 10, hardware)
+    assert sum_few(here, 10, replace(hardware, shared=None)) == all_reduce(here, 10, hardware)
+    assert sum_few(layout(1, 1, 4), 10, hardware) == 0
 
 
 def test_links_are_those_of_as_many_processes_or_of_the_next_known_number() -> None:
