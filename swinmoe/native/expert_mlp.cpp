@@ -565,9 +565,10 @@ struct Backward {
 template <class Activation, bool DROPS>
 void backward(const Mlp& m, const Backward& t, int64_t threads) {
   const int64_t D = m.dim, F = m.hidden, stride = m.stride(), across_f = m.panels(false), across_d = m.panels(true);
-  const int64_t depth = std::max(D, F), of_left = m.longest * kDown + LANES, of_x = m.longest * across_d * kAcross;
+  const int64_t depth = std::max(D, F), of_x = m.longest * across_d * kAcross;
+  const int64_t of_left = m.longest * kDown * ceil_div(D, kDown) + LANES;
   // Gradients of two waves' pre-activations, row by row; a wave's hidden units, panel by panel; of each thread two
-  // panels, the left factor of weights' gradients, and a unit's rows, panel by panel.
+  // panels, left factors of weights' gradients, and a unit's rows, panel by panel.
   const Room room{2 * m.most * stride, m.most * across_f * kAcross, threads * 2 * depth * kAcross, threads * of_left,
                   threads * of_x};
   std::vector<std::vector<Item>> items(threads);
@@ -604,23 +605,28 @@ void backward(const Mlp& m, const Backward& t, int64_t threads) {
       const int64_t e = unit.expert, rows = unit.rows;
       if (t.grad_fc2) {  // (D, rows) (rows, F)
         const bool add = t.add_fc2 || !unit.first;
-        for (int64_t parts = ceil_div(D, kDown), part = 0; part < parts; part++) {
+        const int64_t parts = ceil_div(D, kDown);
+        for (int64_t part = 0; part < parts; part++) {
           const int64_t d = D * part / parts, n = D * (part + 1) / parts - d;
           // A vector's width may be read of rows that do not begin too near the end of all: of the first so many.
           const int64_t last = m.num_rows * D - d - LANES, wide = last < 0 ? 0 : last / D + 1;
-          int64_t at = 0;
+          float* packed = left + part * rows * kDown;
           for (const Piece& piece : unit.pieces) {
             const int64_t whole = std::clamp<int64_t>(wide - piece.from, 0, piece.rows), rest = piece.rows - whole;
-            pack_left(t.grad + piece.from * D + d, D, n, whole, true, left + at * kDown);
-            pack_left(t.grad + (piece.from + whole) * D + d, D, n, rest, false, left + (at + whole) * kDown);
-            at += piece.rows;
+            pack_left(t.grad + piece.from * D + d, D, n, whole, true, packed);
+            pack_left(t.grad + (piece.from + whole) * D + d, D, n, rest, false, packed + whole * kDown);
+            packed += piece.rows * kDown;
           }
-          for (int64_t p = from; p < to; p++) {
-            const float* values = room[1] + (unit.at * across_f + p * rows) * kAcross;
-            float* to = t.grad_fc2 + (e * D + d) * F + p * kAcross;
-            const int64_t across = std::min<int64_t>(kAcross, F - p * kAcross);
-            multiply<true>(n, rows, left, 0, values, tile, {rows_of(to, F, n)});
-            for (int64_t r = 0; r < n; r++) put(to + r * F, tile + r * kAcross, across, add);
+        }
+        // One panel after another, with all left factors, which stay in the cache: of panels there is more than it holds.
+        for (int64_t p = from; p < to; p++) {
+          const float* values = room[1] + (unit.at * across_f + p * rows) * kAcross;
+          const int64_t across = std::min<int64_t>(kAcross, F - p * kAcross);
+          for (int64_t part = 0; part < parts; part++) {
+            const int64_t d = D * part / parts, n = D * (part + 1) / parts - d;
+            float* written = t.grad_fc2 + (e * D + d) * F + p * kAcross;
+            multiply<true>(n, rows, left + part * rows * kDown, 0, values, tile, {rows_of(written, F, n)});
+            for (int64_t r = 0; r < n; r++) put(written + r * F, tile + r * kAcross, across, add);
           }
         }
       }
