@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,13 +50,23 @@ def all_reduce_sum(x: Tensor, group: Group, what: str = "summing statistics") ->
 @torch.no_grad()
 def all_reduce_max(x: Tensor, group: Group, what: str = "taking a maximum") -> Tensor:
     """The largest of each element of `x` over `group`, a new tensor; None = `x` itself."""
+    return _extreme(x, group, what, torch.amax, dist.ReduceOp.MAX)
+
+
+@torch.no_grad()
+def all_reduce_min(x: Tensor, group: Group, what: str = "taking a minimum") -> Tensor:
+    """The smallest of each element of `x` over `group`, a new tensor; None = `x` itself."""
+    return _extreme(x, group, what, torch.amin, dist.ReduceOp.MIN)
+
+
+def _extreme(x: Tensor, group: Group, what: str, of_ranks: Callable[..., Tensor], operation: Any) -> Tensor:
     if group is None:
         return x
     note_all_reduce(x, group, what)
     with naming(what):
         everyone = gather_small(x, group)
         if everyone is not None:
-            return everyone.amax(0)
-        largest = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    return largest
+            return of_ranks(everyone, 0)
+        found = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(found, operation, group=group)
+    return found

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinmoe.config.moe import MoEConfig
-from swinmoe.moe.precision import rounds_products, without_autocast
+from swinmoe.moe.precision import autocast_dtype, rounds_products, without_autocast
 from swinmoe.moe.registry import register_router
 from swinmoe.moe.types import Routing
 from swinmoe.randomness import generator
@@ -139,7 +139,7 @@ class LinearRouter(Router):
     def score(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, E)."""
         weight = self.weight.to(x.dtype)
-        if _eager_on_cpu(x):
+        if _eager_on_cpu(x) and autocast_dtype(x) is None:  # what is kept for the backward pass is as it was multiplied
             logits: Tensor = _Logits.apply(x, weight)
             return logits
         return F.linear(x, weight)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from swinmoe.comm import all_reduce_max, all_reduce_sum
+from swinmoe.comm import all_reduce_min, all_reduce_sum
 from swinmoe.comm.failure import naming
 from swinmoe.comm.traffic import note_all_reduce
 from swinmoe.moe.layer import MoEMlp
@@ -124,8 +124,8 @@ def _summed_layers(model: nn.Module) -> list[SummedOverReplicas]:
 
 @torch.no_grad()
 def global_min(tensor: Tensor, mesh: Mesh, what: str = "a minimum over all ranks") -> Tensor:
-    """The smallest of each element over all ranks; a new tensor."""
-    return -all_reduce_max(-tensor.detach(), mesh.world_group, what)
+    """The smallest of each element over all ranks; a new tensor (`tensor` itself on one process)."""
+    return all_reduce_min(tensor.detach(), mesh.world_group, what)
 
 
 @torch.no_grad()

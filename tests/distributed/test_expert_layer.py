@@ -221,7 +221,8 @@ def compare_in_single_precision(cfg: MoEConfig, counts: list[int], parallel: Par
 @pytest.mark.usefixtures("expert_kernel")
 @pytest.mark.parametrize("layout", ["ragged", "padded"])
 @pytest.mark.parametrize(
-    "way", ["sliced", "weights", "weights, sliced", "both", "2dh", "chunks of experts", "chunks of rows", "chunks, sliced"]
+    "way",
+    ["sliced", "weights", "weights, sliced", "both", "2dh", "chunks of experts", "chunks of rows", "chunks, sliced"],
 )
 def test_spread_experts_take_the_kernel(pool4: Pool, way: str, layout: str) -> None:
     """In single precision: beside it everything here is in double, which the kernel leaves to others."""

@@ -16,7 +16,16 @@ import torch.distributed as dist
 from pool import Pool, PoolError
 from test_all_to_all import EMPTY_SENDER_4, UNEVEN_2, exchange
 
-from swinmoe.comm import all_gather_rows, all_reduce_max, all_reduce_sum, all_to_all_rows, neighbours, start, wait
+from swinmoe.comm import (
+    all_gather_rows,
+    all_reduce_max,
+    all_reduce_min,
+    all_reduce_sum,
+    all_to_all_rows,
+    neighbours,
+    start,
+    wait,
+)
 from swinmoe.comm.arrangement import by_expert
 from swinmoe.errors import CollectiveError
 
@@ -74,17 +83,19 @@ def small_numbers(by_network: bool) -> list[object]:
         assert x.grad is not None
         counts = [all_reduce_sum(torch.tensor(rank + 1, dtype=dtype), group) for dtype in (torch.int32, torch.bfloat16)]
         most = all_reduce_max(torch.tensor([-rank, rank]), group)
+        least = all_reduce_min(torch.tensor([rank + 1, 255 - rank], dtype=torch.uint8), group)
         none = all_reduce_sum(torch.zeros(0), group)
         many = all_reduce_sum(torch.full((neighbours.SMALLEST,), float(rank)), group)
         short = [neighbours.gather_small(torch.zeros(n), group) is not None for n in (1, neighbours.SMALLEST, 0)]
         assert short == ([False] * 3 if by_network else [True, False, False])
-    same = [(t.dtype, t.tolist()) for t in (*counts, most, none)]
+    same = [(t.dtype, t.tolist()) for t in (*counts, most, least, none)]
     return [gathered.tolist(), total.tolist(), x.grad.tolist(), same, many.unique().tolist()]
 
 
 @pytest.mark.parametrize("by_network", [False, True])
 def test_few_numbers_go_the_short_way(pool4: Pool, by_network: bool) -> None:
-    counts = [(torch.int32, 10), (torch.bfloat16, 10.0), (torch.int64, [0, 3]), (torch.float32, [])]
+    counts = [(torch.int32, 10), (torch.bfloat16, 10.0), (torch.int64, [0, 3])]
+    counts += [(torch.uint8, [1, 252]), (torch.float32, [])]
     everyone = [[1.5, float(rank)] for rank in range(4)]
     assert pool4.run(small_numbers, by_network) == [[everyone, [[6.0, 6.0]], [[1.0, 1.0]], counts, [6.0]]] * 4
 

@@ -179,7 +179,7 @@ class Hardware:
     def lockstep(self, processes: int) -> float:
         """How many times slower again where so many ranks of a machine wait for each other all the time."""
         known = sorted((s.processes, s.lockstep.value) for s in self.sharing if s.lockstep is not None)
-        return _between(known, processes) if known else 1.0
+        return _between([(1, 1.0), *known], processes)  # one by itself waits for nobody
 
     def among(self, processes: int) -> Hardware:
         """The same machine with the links that it has when so many processes share a node."""

@@ -61,6 +61,26 @@ def test_gates_score_in_float32_at_least(name: str, router: str) -> None:
             assert float((coarse.detach().double() - exact).abs().max()) > 30 * tolerance * float(exact.abs().max())
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_under_autocast_has_gradients(dtype: torch.dtype, low: torch.dtype) -> None:
+    """Of the dtype that its tokens and weights have, whatever the product was taken in."""
+    layer = MoEMlp(MoEConfig(num_experts=4, router=RouterConfig(fp32=False)), dim=16, hidden_dim=32, dtype=dtype)
+    tokens = torch.randn(50, 16, dtype=dtype, requires_grad=True)
+    with torch.autocast("cpu", dtype=low):
+        y, _ = layer(tokens)
+    y.float().sum().backward()
+    for leaf in (tokens, layer.router.weight):
+        assert leaf.grad is not None and leaf.grad.dtype == dtype and leaf.grad.abs().sum() > 0
+
+
+def test_the_gates_derivatives_are_right() -> None:
+    """Also second ones, of a product of its own."""
+    x, weight = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (5, 3))
+    assert torch.autograd.gradcheck(routers._Logits.apply, (x, weight))
+    assert torch.autograd.gradgradcheck(routers._Logits.apply, (x, weight))
+
+
 def rounded(x: Tensor) -> Tensor:
     """As a GPU's tensor cores see float32 operands in TensorFloat-32: 10 bits of mantissa."""
     bits = x.detach().float().view(torch.int32)

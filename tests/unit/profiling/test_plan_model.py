@@ -146,7 +146,7 @@ def test_lockstep_is_linear_between_figures_and_stays_beyond() -> None:
         for n, v in ((1, None), (2, 1.2), (4, 1.6))
     )
     hardware = replace(CPU, sharing=figures)
-    assert [hardware.lockstep(n) for n in (2, 3, 4, 6)] == pytest.approx([1.2, 1.4, 1.6, 1.6])
+    assert [hardware.lockstep(n) for n in (1, 2, 3, 4, 6)] == pytest.approx([1.0, 1.2, 1.4, 1.6, 1.6])
     assert H100.lockstep(8) == 1.0
 
 
