@@ -99,7 +99,8 @@ def plan(
     slot, kept, routed, counts = queues
     if slots is not None:
         size = len(counts) * slots
-        first = torch.arange(0, size, max(1, slots), device=expert_ids.device)
+        # By a product: `slots` may be a symbol (torch.export), of which nobody may ask whether it is a step above 0.
+        first = torch.arange(len(counts), device=expert_ids.device) * slots
     else:
         assert rows is not None, "the ragged layout needs the number of kept rows"
         size = rows
