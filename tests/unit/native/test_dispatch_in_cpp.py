@@ -184,7 +184,7 @@ def test_what_does_not_fit_is_refused(call: Callable[[], object], said: str) -> 
 
 
 def backward(**changed: Tensor) -> object:
-    given = {
+    given: dict[str, Any] = {
         "grad": torch.ones(2, 3),
         "rows": torch.ones(2, 3),
         "row": torch.tensor([0, 1]),
@@ -194,4 +194,4 @@ def backward(**changed: Tensor) -> object:
         "needs_rows": True,
         "needs_weights": True,
     }
-    return native.sum_choices_backward(**{**given, **changed})  # type: ignore[arg-type]
+    return native.sum_choices_backward(**(given | changed))
