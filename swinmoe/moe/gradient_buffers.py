@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from swinmoe.native import use_huge_pages
+
 
 class _Buffer:
     """The memory for one parameter's gradient, and who has it.
@@ -70,6 +72,7 @@ def take(weight: Tensor, parameter: Tensor | None) -> Tensor:
             memory = torch.empty_like(weight, memory_format=new)
             if type(memory) is not Tensor:  # a fake one, that has no memory, or another kind altogether
                 return memory
+            use_huge_pages(memory)
             buffer = _buffers[parameter] = _Buffer(memory)
         lent: Tensor | None = buffer.lend()
     return torch.empty_like(weight, memory_format=new) if lent is None else lent

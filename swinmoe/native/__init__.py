@@ -11,6 +11,7 @@ from swinmoe.native.build import compilers, kernels, why_no_kernels
 from swinmoe.native.dispatch import give_rows, line_up, sum_choices, sum_choices_backward, take_rows
 from swinmoe.native.experts import expert_mlp_backward, expert_mlp_forward
 from swinmoe.native.gelu import biased_gelu
+from swinmoe.native.huge_pages import use_huge_pages
 
 __all__ = [
     "biased_gelu",
@@ -23,6 +24,7 @@ __all__ = [
     "sum_choices",
     "sum_choices_backward",
     "take_rows",
+    "use_huge_pages",
     "why_no_kernels",
     "window_attention",
 ]
