@@ -1,6 +1,6 @@
 """Kernels in C++, compiled where they run: what `torch.compile` asks of a machine anyway, a C++ compiler.
 
-The text of this folder has no headers but its own and the standard ones, so that it compiles in two seconds. What came
+The text of this folder has no headers but its own and the system's, so that it compiles in two seconds. What came
 of it lies in the user's cache, under a name made of all that it depends on: the text, the compiler, the processor.
 """
 

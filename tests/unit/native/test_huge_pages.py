@@ -1,21 +1,24 @@
 """Huge pages: asked for where they belong, and nothing but the pages' size changes."""
 
+import ctypes
+import errno
 import mmap
 import re
 from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swinmoe.config import MoEConfig
 from swinmoe.moe import MoEMlp, gradient_buffers
-from swinmoe.native import huge_pages, use_huge_pages, why_no_kernels
+from swinmoe.native import expert_mlp_forward, huge_pages, use_huge_pages, why_no_kernels
 
 
 @pytest.fixture(autouse=True)
 def there_are_some(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(huge_pages.SWITCH, raising=False)
+    monkeypatch.setattr(huge_pages, "_none_left", False)
     huge_pages._size.cache_clear()
     if not huge_pages._size():
         pytest.skip("this system gives no huge pages to those who ask")
@@ -50,16 +53,19 @@ def test_memory_asks_and_keeps_its_numbers():
     assert torch.equal(t, large())
 
 
-def test_it_asks_once_for_each_tensor_and_place(monkeypatch):
+@pytest.mark.parametrize("error, again", [(errno.EINVAL, True), (errno.ENOMEM, False), (errno.EAGAIN, False)])
+def test_where_no_huge_page_is_left_nobody_looks_for_one_again(error, again, monkeypatch):
     asked = []
-    monkeypatch.setattr(huge_pages, "_madvise", lambda: lambda begin, size, advice: asked.append(advice) or 0)
-    t = nn.Parameter(large())
-    for _ in range(3):
-        assert use_huge_pages(t)
-    assert asked == [huge_pages._HUGEPAGE, huge_pages._COLLAPSE]
-    t.data = t.data.clone()  # as a move to elsewhere and back
-    assert use_huge_pages(t)
-    assert len(asked) == 4
+
+    def madvise(begin: object, size: object, advice: int) -> int:
+        asked.append(advice)
+        ctypes.set_errno(error)
+        return -1 if advice == huge_pages._COLLAPSE else 0
+
+    monkeypatch.setattr(huge_pages, "_madvise", lambda: madvise)
+    for _ in range(2):
+        assert use_huge_pages(large())
+    assert asked == [huge_pages._HUGEPAGE, huge_pages._COLLAPSE, huge_pages._HUGEPAGE] + [huge_pages._COLLAPSE] * again
 
 
 def test_only_whole_pages_inside_the_tensor_are_asked_for(monkeypatch):
@@ -129,3 +135,10 @@ def test_experts_weights_and_their_gradients_lie_in_huge_pages():
         assert "hg" in flags(weight.grad)
         kept = gradient_buffers.kept(weight)
         assert kept is not None and kept.data_ptr() == weight.grad.data_ptr()
+
+
+@pytest.mark.skipif(bool(why_no_kernels()), reason="no kernel of ours here")
+def test_pre_activations_lie_in_huge_pages():
+    fc1, fc2 = torch.randn(1, 512, 8), torch.randn(1, 8, 512)
+    _, pre = expert_mlp_forward(torch.randn(8192, 8), [[8192]], fc1, None, fc2, None, "relu", True)
+    assert all("hg" in flags(piece) for piece in pre)
