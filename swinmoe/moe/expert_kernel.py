@@ -18,7 +18,7 @@ from swinmoe.moe.activations import Activation, Gelu, Relu
 from swinmoe.moe.precision import autocast_dtype
 from swinmoe.moe.types import ExpertWeights
 from swinmoe.moe.weight_gradients import destination, graph_of_backward
-from swinmoe.native import expert_mlp_backward, expert_mlp_forward, why_no_kernels
+from swinmoe.native import expert_mlp_backward, expert_mlp_forward, use_huge_pages, why_no_kernels
 
 _NAMES: dict[type[Activation], Any] = {Gelu: "gelu", Relu: "relu"}
 _one_at_a_time = threading.Lock()
@@ -66,6 +66,9 @@ def kernel_mlp(
     tensors = (rows, w.fc1, w.b1, w.fc2, w.b2)
     # Inside `forward` gradient mode is off, whoever calls: ask here whether a backward pass can follow.
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    for weight in (w.fc1, w.fc2):
+        if weight.is_leaf:  # what was gathered or cut for this pass would move to huge pages with each
+            use_huge_pages(weight)
     seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None)) if dropout else 0
     out: Tensor = _KernelMlp.apply(*tensors, counts, _NAMES[type(activation)], dropout, seed, training)
     return out

@@ -120,8 +120,8 @@ def _forward(
     b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
     sizes = _sizes(x, counts, fc1, fc2, activation, b1=b1, b2=b2)
     out, pre = _forward_shapes(x, counts, fc1, b1, fc2, b2, activation, training, dropout, seed)
-    for t in (fc1, fc2, *pre):
-        use_huge_pages(t)
+    for piece in pre:
+        use_huge_pages(piece)
     kept = _addresses(pre) if training else None
     told = (*sizes, _numbers(counts), *_dropping(dropout, seed))
     finish(kernels().swinmoe_expert_mlp_forward(*told, *map(address, (x, fc1, b1, fc2, b2, out)), kept))

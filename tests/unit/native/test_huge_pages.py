@@ -12,6 +12,7 @@ from torch import Tensor
 
 from swinmoe.config import MoEConfig
 from swinmoe.moe import MoEMlp, gradient_buffers
+from swinmoe.moe.types import ExpertWeights
 from swinmoe.native import expert_mlp_forward, huge_pages, use_huge_pages, why_no_kernels
 
 
@@ -135,6 +136,15 @@ def test_experts_weights_and_their_gradients_lie_in_huge_pages():
         assert "hg" in flags(weight.grad)
         kept = gradient_buffers.kept(weight)
         assert kept is not None and kept.data_ptr() == weight.grad.data_ptr()
+
+
+@pytest.mark.skipif(bool(why_no_kernels()), reason="no kernel of ours here")
+def test_weights_made_for_one_pass_stay_where_they_are():
+    experts = MoEMlp(MoEConfig(num_experts=8), dim=512, hidden_dim=2560).experts
+    own = [large().requires_grad_().view(8, *shape) for shape in ((2560, 512), (512, 2560))]
+    out = experts.function(True)(torch.zeros(16, 512), torch.full((1, 8), 2), ExpertWeights(own[0], None, own[1], None))
+    assert out.shape == (16, 512)
+    assert not any("hg" in flags(w) for w in own)
 
 
 @pytest.mark.skipif(bool(why_no_kernels()), reason="no kernel of ours here")
