@@ -34,7 +34,7 @@ def queue(
     turn = None
     if batch_prioritized:
         turn = routing.probs.detach().amax(1).argsort(descending=True, stable=True)
-    lines = kernels.line_up if native and _takes_kernels(routing.expert_ids) else _line_up
+    lines = kernels.line_up if native and kernels.can_walk(routing.expert_ids, dtype=torch.int64) else _line_up
     slot, routed = lines(routing.expert_ids, turn, num_experts)
     # A token names an expert once, so no queue is longer than T. A symbolic T (torch.export) answers no such question.
     if capacity is None or (isinstance(num_tokens, int) and capacity >= num_tokens):
@@ -59,12 +59,6 @@ def _line_up(expert_ids: Tensor, turn: Tensor | None, num_experts: int) -> tuple
     if turn is not None:
         slot = torch.empty_like(slot).index_copy_(0, turn, slot)
     return slot, routed
-
-
-def _takes_kernels(ids: Tensor) -> bool:
-    """Whether ours in C++ walk over `ids`: they are in a CPU's memory, outside graphs."""
-    here = ids.device.type == "cpu" and type(ids) is Tensor and not torch.compiler.is_compiling()
-    return here and not kernels.why_no_kernels()
 
 
 def least_cut(routed: Tensor, allowed: int | Tensor) -> Tensor:
@@ -105,7 +99,7 @@ def plan(
         assert rows is not None, "the ragged layout needs the number of kept rows"
         size = rows
         first = counts.cumsum(0) - counts
-    give = kernels.give_rows if native and _takes_kernels(expert_ids) else _give_rows
+    give = kernels.give_rows if native and kernels.can_walk(expert_ids, dtype=torch.int64) else _give_rows
     row, position = give(expert_ids, slot, kept, first, size)
     return DispatchPlan(row, position, slot, kept, counts, routed, slots, native)
 

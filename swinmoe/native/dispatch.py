@@ -15,11 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swinmoe.native.build import kernels
+from swinmoe.native.build import kernels, why_no_kernels
 from swinmoe.native.operators import address, expect, expect_numbers, finish
 
 _OUTSIDE = 2
 """What the kernels say of an index that is none."""
+
+
+def can_walk(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the kernels here may be given these as features (of `dtype` int64: as indices): they lie in a CPU's
+    memory, outside graphs, and there is a compiler."""
+    plain = all(t.device.type == "cpu" and type(t) is Tensor and t.dtype == dtype for t in tensors)
+    return plain and not torch.compiler.is_compiling() and not why_no_kernels()
 
 
 def line_up(expert_ids: Tensor, turn: Tensor | None, num_experts: int) -> tuple[Tensor, Tensor]:

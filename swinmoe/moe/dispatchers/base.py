@@ -54,15 +54,9 @@ def _tokens(plan: DispatchPlan) -> Tensor:
     return filled if top_k == 1 else filled // top_k
 
 
-def _takes_kernels(x: Tensor, plan: DispatchPlan) -> bool:
-    """Whether ours in C++ carry `x`: float32 in a CPU's memory, outside graphs."""
-    plain = x.device.type == "cpu" and type(x) is Tensor and x.dtype == torch.float32
-    return plain and plan.native and not torch.compiler.is_compiling() and not native.why_no_kernels()
-
-
 def _sum_choices(rows: Tensor, weights: Tensor | None, plan: DispatchPlan) -> Tensor:
     """(M, D) -> (T, D): Σ_k weight_tk·row_tk; without weights kept choices count 1."""
-    if _takes_kernels(rows, plan):
+    if plan.native and native.can_walk(rows):
         return native.sum_choices(rows, plan.position, plan.kept, weights)
     num_tokens, top_k = plan.position.shape
     if rows.shape[0] == 0:
@@ -99,7 +93,7 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: DispatchPlan) -> Tensor:
         ctx.plan = plan
-        if _takes_kernels(x, plan):
+        if plan.native and native.can_walk(x):
             return native.take_rows(x, plan.row, plan.position.shape[1])
         if x.shape[0] == 0:
             return x.new_zeros(plan.row.shape[0], x.shape[1])
@@ -127,7 +121,7 @@ class _CombineRows(torch.autograd.Function):
         rows, gates = ctx.saved_tensors
         plan: DispatchPlan = ctx.plan
         needs_rows, needs_gates = ctx.needs_input_grad[:2]
-        if all(_takes_kernels(t, plan) for t in (grad, rows, gates)):
+        if plan.native and native.can_walk(grad, rows, gates):
             indices = (plan.row, plan.position, plan.kept)
             wanted = {"needs_rows": needs_rows, "needs_weights": needs_gates}
             return *native.sum_choices_backward(grad, rows, *indices, gates, **wanted), None

@@ -147,8 +147,10 @@ def test_kernels_say_what_the_plain_operators_say(
 
 
 def test_kernels_are_for_single_precision_outside_graphs() -> None:
-    layout = plan(routing([[0], [1]]), queue(routing([[0], [1]]), 2, None), rows=2)
-    x = torch.randn(2, 3)
-    assert base._takes_kernels(x, layout) == (native.why_no_kernels() == "")
-    for other in (x.bfloat16(), x.double(), x.to("meta"), torch.nn.Parameter(x)):
-        assert not base._takes_kernels(other, layout)
+    x, ids = torch.randn(2, 3), torch.tensor([[0], [1]])
+    there = native.why_no_kernels() == ""
+    assert native.can_walk(x, x) == native.can_walk(ids, dtype=torch.int64) == there
+    for other in (x.bfloat16(), x.double(), x.to("meta"), torch.nn.Parameter(x), ids):
+        assert not native.can_walk(x, other)
+    for other in (x, ids.int(), ids.to("meta")):
+        assert not native.can_walk(other, dtype=torch.int64)
