@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
@@ -67,8 +67,8 @@ def kernel_mlp(
     # Inside `forward` gradient mode is off, whoever calls: ask here whether a backward pass can follow.
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     for weight in (w.fc1, w.fc2):
-        if weight.is_leaf:  # what was gathered or cut for this pass would move to huge pages with each
-            use_huge_pages(weight)
+        if isinstance(weight, nn.Parameter):  # not what was gathered or cut for this pass
+            use_huge_pages(weight, move=training and weight.requires_grad)
     seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None)) if dropout else 0
     out: Tensor = _KernelMlp.apply(*tensors, counts, _NAMES[type(activation)], dropout, seed, training)
     return out

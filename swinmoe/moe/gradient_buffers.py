@@ -72,7 +72,7 @@ def take(weight: Tensor, parameter: Tensor | None) -> Tensor:
             memory = torch.empty_like(weight, memory_format=new)
             if type(memory) is not Tensor:  # a fake one, that has no memory, or another kind altogether
                 return memory
-            use_huge_pages(memory)
             buffer = _buffers[parameter] = _Buffer(memory)
+        use_huge_pages(buffer.memory, move=True)
         lent: Tensor | None = buffer.lend()
     return torch.empty_like(weight, memory_format=new) if lent is None else lent

@@ -440,7 +440,7 @@ class Room {
     const size_t bytes = (sizeof(float) * n + kPage - 1) / kPage * kPage;
     void* memory = std::aligned_alloc(kPage, bytes);
     if (!memory) throw std::bad_alloc();
-#if defined(__linux__)
+#if defined(MADV_HUGEPAGE)
     const char* asks = std::getenv("SWINMOE_HUGE_PAGES");
     if (!asks || std::strcmp(asks, "0")) madvise(memory, bytes, MADV_HUGEPAGE);
 #endif

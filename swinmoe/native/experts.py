@@ -121,7 +121,7 @@ def _forward(
     sizes = _sizes(x, counts, fc1, fc2, activation, b1=b1, b2=b2)
     out, pre = _forward_shapes(x, counts, fc1, b1, fc2, b2, activation, training, dropout, seed)
     for piece in pre:
-        use_huge_pages(piece)
+        use_huge_pages(piece, move=False)
     kept = _addresses(pre) if training else None
     told = (*sizes, _numbers(counts), *_dropping(dropout, seed))
     finish(kernels().swinmoe_expert_mlp_forward(*told, *map(address, (x, fc1, b1, fc2, b2, out)), kept))

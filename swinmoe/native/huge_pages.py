@@ -14,43 +14,67 @@ import ctypes
 import errno
 import functools
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 SWITCH = "SWINMOE_HUGE_PAGES"
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _HUGEPAGE, _COLLAPSE = 14, 25  # madvise(2), MADV_*
+_SECONDS = 60.0
+"""Between two moves of one tensor."""
 
+_moved: Any = WeakIdKeyDictionary()
+"""By tensor, where it lay when it last asked, and when it last moved."""
 _none_left = False
 """Whether the system has looked for huge pages to move memory to, and found none: it looks long."""
 
 
-def use_huge_pages(t: Tensor) -> bool:
-    """Ask for huge pages under the numbers of `t`; whether there is anything to ask, and somebody.
+def use_huge_pages(t: Tensor, *, move: bool) -> bool:
+    """Ask for huge pages under the numbers of `t`; whether it did.
 
-    What is written later comes in huge pages at once; what is there already moves, some 0.3 ms a MB, on Linux 6.1 or
-    later, and elsewhere in the system's own time. Numbers stay as they are, and so does the amount of memory. Pages
-    that `t` shares with others are left alone. Where all is as it should be, a call takes some 5 microseconds.
+    What is written later comes in huge pages at once. What is there already may move, on Linux 6.1 or later, some
+    0.3 ms a MB on an idle machine; elsewhere it waits for the system's own time. Numbers stay as they are, and what
+    lies around them in the same pages is left alone. Memory that a fork has split into small pages moves again, and
+    memory made anew for each step does not with each step: a tensor moves at most once a minute.
 
     Args:
-        t: contiguous, on a CPU, with memory of its own.
+        t: contiguous, on a CPU.
+        move: whether to move what is there. Not worth it for what is about to be written, and not right where nobody
+            writes: processes that share memory since a fork get copies of their own.
     """
-    global _none_left
     size = _size()
-    if not size or not t.numel():
+    if not size or not t.numel() or t.is_shared():
         return False
-    begin = t.data_ptr()
+    begin, now, moved = t.data_ptr(), 0.0, None
+    if move:
+        now = time.monotonic()
+        asked, moved = _moved.get(t, (0, None))
+        if moved is not None and now - moved >= _SECONDS:
+            moved = None
+        elif moved is not None and asked == begin:
+            return True
     first, last = -(-begin // size), (begin + t.numel() * t.element_size()) // size  # whole pages alone
     if first >= last:
         return False
     where = ctypes.c_void_p(first * size), ctypes.c_size_t((last - first) * size)
-    if _madvise()(*where, _HUGEPAGE):  # memory of a file, for one
+    if _madvise()(*where, _HUGEPAGE):  # a system without, whatever its settings say
         return False
-    if not _none_left and _madvise()(*where, _COLLAPSE):
-        _none_left = ctypes.get_errno() != errno.EINVAL  # which is an older system, or memory that it does not do
+    if move:
+        if moved is None:
+            _move(where)
+        _moved[t] = begin, now if moved is None else moved
     return True
+
+
+def _move(where: tuple[ctypes.c_void_p, ctypes.c_size_t]) -> None:
+    """Refusals cost nothing but speed: of an older system (EINVAL), of a page that is in use for a moment (EAGAIN)."""
+    global _none_left
+    if not _none_left and _madvise()(*where, _COLLAPSE):
+        _none_left = ctypes.get_errno() in (errno.ENOMEM, errno.EBUSY)  # of the machine, or of this process's share
 
 
 @functools.cache
