@@ -19,6 +19,7 @@ from swinmoe.config.io import build, dump, load, merge, parse_overrides, read_ya
 from swinmoe.config.profile import LayerSweepConfig, ModelSweepConfig, listed
 from swinmoe.errors import ConfigError
 from swinmoe.profiling.breakdown import EXCHANGE
+from swinmoe.profiling.clock import interval_name
 from swinmoe.profiling.layer import profile_layer
 from swinmoe.profiling.model import profile_model
 from swinmoe.profiling.session import ProfileSession, profile_session
@@ -110,6 +111,8 @@ def run_model(
         lines = record(session, measured)
     if session.is_main:
         show(lines, Console(highlight=False))
+        for why in chosen.left_out:  # again: what was said before is far above by now
+            teller(session)(f"left out: {why}")
         tell_where(out, session, trace)
 
 
@@ -244,7 +247,8 @@ def show(lines: list[Line], console: Console) -> None:
     if not console.is_terminal:
         console.width = max(console.width, _WIDTH)
     by_name = {line["name"]: line for line in lines}
-    heads = ["ms", "95 %", "x dense", "balanced", "dropped", "padding", "of GEMM", "MB", "images/s"]
+    rounds = min((line["ms"]["rounds"] for line in lines), default=0)
+    heads = ["ms", interval_name(rounds), "x dense", "balanced", "dropped", "padding", "of GEMM", "MB", "images/s"]
     rates = any("images_per_second" in line["ms"] for line in lines)
     table = _table("step", heads if rates else heads[:-1])
     for line in lines:
@@ -257,6 +261,8 @@ def show(lines: list[Line], console: Console) -> None:
         cells += [f"{line['utilisation']['model']:.0%}", f"{line['memory']['peak'] / 1e6:.1f}"]
         table.add_row(line["name"], *cells, *([f"{ms['images_per_second']:.1f}"] if rates else []))
     console.print(table)
+    for said in kernels_said(lines):
+        console.print(said, markup=False, soft_wrap=True)
     watched = [line for line in lines if line.get("phases")]
     if not watched:
         return
@@ -278,6 +284,22 @@ def show(lines: list[Line], console: Console) -> None:
                 markup=False,
                 soft_wrap=True,
             )
+
+
+def kernels_said(lines: Iterable[Line]) -> list[str]:
+    """Who computes the experts of which step, where they are on a CPU."""
+    steps: dict[str, list[str]] = {}
+    for line in lines:
+        taken = line.get("experts_in_kernel")
+        if taken is not None:
+            how = (
+                "our kernel in C++"
+                if taken
+                else f"torch's operators, not our kernel ({line['experts_in_kernel_reason']})"
+            )
+            steps.setdefault(how, []).append(line["name"])
+    alike = len(steps) == 1
+    return [f"experts by {how}" + ("" if alike else f": {'; '.join(names)}") for how, names in steps.items()]
 
 
 def _table(first: str, heads: list[str]) -> Table:

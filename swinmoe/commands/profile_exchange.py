@@ -22,6 +22,7 @@ from swinmoe.commands.profile import (
 )
 from swinmoe.config.io import build, read_yaml
 from swinmoe.config.profile_exchange import ExchangeSweepConfig, listed_exchange
+from swinmoe.profiling.clock import interval_name
 from swinmoe.profiling.exchange import bytes_said, profile_exchange
 from swinmoe.profiling.session import profile_session
 
@@ -71,7 +72,10 @@ def show(lines: list[tuple[str, Line]], console: Console) -> None:
         console.width = max(console.width, _WIDTH)
     measured = [line for kind, line in lines if kind == "measurement"]
     by_name = {line["name"]: line for line in measured}
-    table = _table("exchange", "ms", "95 %", "x flat", "MB sent", "algbw GB/s", "busbw GB/s", "busiest GB/s")
+    rounds = min((line["ms"]["rounds"] for line in measured), default=0)
+    table = _table(
+        "exchange", "ms", interval_name(rounds), "x flat", "MB sent", "algbw GB/s", "busbw GB/s", "busiest GB/s"
+    )
     for line in measured:
         ms, base = line["ms"], by_name.get(line["baseline"] or "")
         table.add_row(

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from swinmoe.errors import ConfigError
 from swinmoe.records import read_records
-from swinmoe.report import has_profile, write_profile_report, write_report
+from swinmoe.report import has_measurements, has_profile, write_profile_report, write_report
 
 
 def run(folders: Sequence[Path], out: Path | None = None) -> None:
@@ -29,6 +29,11 @@ def run(folders: Sequence[Path], out: Path | None = None) -> None:
         raise ConfigError(
             f"one report of several folders is for profiles, and {str(other)!r} holds none; give it alone"
         )
+    for folder, path in zip(folders, records, strict=True):
+        if profiled[0] and not has_measurements(read_records(path)):
+            raise ConfigError(
+                f"{str(folder)!r} holds the beginning of a profile and no measurement; measure again, or leave it away"
+            )
     out = folders[0] if out is None else out
     console = Console(stderr=True)
     if profiled[0]:

@@ -15,6 +15,7 @@ from swinmoe.commands.evaluate import parse_factors
 from swinmoe.commands.telling import SECONDS_BETWEEN_LINES
 from swinmoe.data import DataBundle, build_data
 from swinmoe.errors import ConfigError
+from swinmoe.profiling.clock import interval_name
 from swinmoe.profiling.session import ProfileSession, profile_session
 from swinmoe.profiling.tune.batches import batches_for
 from swinmoe.profiling.tune.capacity import FACTORS, Tell, Tuning, label, tune_capacity
@@ -178,8 +179,10 @@ def _give_out(
 def show(tuning: Tuning, console: Console) -> None:
     """The curves, the layers, and what the check found."""
     console.print(f"\n{_TITLES[tuning.mode]}: {tuning.asked}", markup=False)
-    curves = Table("capacity", "choices dropped", "accuracy", "ms a step", "95 %")
-    for point in (*tuning.points, *tuning.layered):
+    points = (*tuning.points, *tuning.layered)
+    rounds = min(len(point.timing.ms) for point in points)
+    curves = Table("capacity", "choices dropped", "accuracy", "ms a step", interval_name(rounds))
+    for point in points:
         curves.add_row(*_cells(point))
     console.print(curves)
     setting = tuning.verdict.setting

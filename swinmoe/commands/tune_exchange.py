@@ -16,6 +16,7 @@ from swinmoe.config import RunConfig
 from swinmoe.config.io import load, merge, parse_overrides, read_yaml
 from swinmoe.errors import ConfigError
 from swinmoe.moe.dispatchers.tutel import tutel_serves
+from swinmoe.profiling.clock import interval_name
 from swinmoe.profiling.session import ProfileSession, profile_session
 from swinmoe.profiling.tune.exchange import step_times
 from swinmoe.profiling.tune.remembered import RememberedWays, default_file, shape_of
@@ -72,6 +73,8 @@ def run_exchange(
     if run.model.moe is None:
         raise ConfigError(f"tune exchange needs a sparse model, and {str(config)!r} is dense")
     world = launched_world()
+    if processes is not None and processes < 1:
+        raise ConfigError(f"--processes {processes}: give a number of processes, 1 or more")
     if world == 1 and out is not None:
         check_out("--out", out)
     if world > 1 and processes not in (None, world):
@@ -122,8 +125,9 @@ def _tune(run: RunConfig, world: int, options: ExchangeOptions, session: Profile
 def show(run: RunConfig, way: Way, trials: list[Trial], console: Console) -> None:
     """Print every trial and what to write into a config."""
     for trial in trials:
-        table = Table(Column(trial.choice, no_wrap=True), "ms", "95 %", "over the one before", "95 %")
         own = trial.tried[0][1]
+        interval = interval_name(len(own.ms))
+        table = Table(Column(trial.choice, no_wrap=True), "ms", interval, "over the one before", interval)
         for tried, timing in trial.tried:
             middle, low, high = ratio(timing, own)
             mark = " *" if tried == trial.after else ""

@@ -7,7 +7,6 @@ has blocks. Names of parameters stay what they are, and copies of a model (a mov
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from swinmoe.models.block import SwinBlock
 from swinmoe.models.kernels import use_native_kernels
 from swinmoe.moe import MoEMlp
 from swinmoe.moe.execution import LocalExecution
-from swinmoe.native import compilers
+from swinmoe.native import compiler, no_compiler
 
 GRAPHS = 64
 """Graphs that one block's code may have: stages times shifts, in training and evaluation, for several image sizes."""
@@ -63,10 +62,10 @@ def compile_blocks(
         BackendUnavailableError: inductor makes C++ for a CPU, and there is no compiler for it.
     """
     on_cpu = any(parameter.device.type == "cpu" for parameter in model.parameters())
-    if backend == "inductor" and on_cpu and not any(map(shutil.which, compilers())):
+    if backend == "inductor" and on_cpu and compiler() is None:
         raise BackendUnavailableError(
-            f"torch.compile needs a C++ compiler to compile for a CPU, and none of {', '.join(compilers())} is "
-            "installed; install one, name yours in CXX, or do not compile (train.compile=false)"
+            f"torch.compile needs a C++ compiler to compile for a CPU, and {no_compiler()}; install one, "
+            "name yours in CXX, or do not compile (train.compile=false)"
         )
     no_kernels = None
     try:

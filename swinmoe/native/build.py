@@ -25,8 +25,18 @@ _LEAST_LANES = 8
 """Numbers in a vector of the processor, AVX's: with narrower ones nobody has seen experts' kernel gain."""
 
 
-def compilers() -> list[str]:
-    """Names of C++ compilers that are tried: CXX, or the usual ones."""
+def compiler() -> str | None:
+    """The C++ compiler that is used: that which CXX names, or the first of the usual ones; None if it is not there."""
+    return next(filter(None, map(shutil.which, _names())), None)
+
+
+def no_compiler() -> str:
+    """That there is none, in words to go on with."""
+    named = os.environ.get("CXX")
+    return f"CXX names {named!r}, which is not installed" if named else f"neither {' nor '.join(_names())} is installed"
+
+
+def _names() -> list[str]:
     named = os.environ.get("CXX")
     return [named] if named else ["g++", "clang++"]
 
@@ -38,18 +48,17 @@ def kernels() -> ctypes.CDLL:
     Raises:
         BackendUnavailableError: there is no compiler, or it could not; says what it said.
     """
-    compiler = next(filter(None, map(shutil.which, compilers())), None)
-    if compiler is None:
+    found = compiler()
+    if found is None:
         raise BackendUnavailableError(
-            f"our kernels need a C++ compiler, and none of {', '.join(compilers())} is installed; install one, or name "
-            "yours in CXX"
+            f"our kernels need a C++ compiler, and {no_compiler()}; install one, or name yours in CXX"
         )
     try:
-        path = _folder() / f"kernels-{_key(compiler)}.so"
+        path = _folder() / f"kernels-{_key(found)}.so"
         if not path.exists():
-            _compile(compiler, path)
+            _compile(found, path)
     except (OSError, subprocess.SubprocessError) as error:
-        raise BackendUnavailableError(f"{compiler} does not compile our kernels: {error}") from error
+        raise BackendUnavailableError(f"{found} does not compile our kernels: {error}") from error
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:

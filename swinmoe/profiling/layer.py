@@ -339,7 +339,7 @@ class _Bench:
             "bytes_sent": bytes_sent(case.step, mesh),
             "bandwidth": None,
             "ranks": mesh.ep_size,
-        }
+        } | _in_kernel(case)
         if case.alone is not None:
             timed = taken[f"{case.name}: exchange"]
             line |= compare_alone(case.alone, timed, in_exchange(breakdown), mesh)
@@ -366,3 +366,13 @@ class _Bench:
             "payload": w.payload,
             "skew": w.skew,
         } | self._shape(w)
+
+
+def _in_kernel(case: _Case) -> Line:
+    """Whether experts take our kernel in C++, and why not; None where there is none to take."""
+    why: str | None = case.layer.experts.why_no_kernel()
+    if case.workload.precision != "fp32":
+        why = f"it takes float32 alone, and precision={case.workload.precision}"
+    if case.layer.experts.fc1_weight.device.type != "cpu":
+        why = None
+    return {"experts_in_kernel": None if why is None else not why, "experts_in_kernel_reason": why or None}

@@ -39,6 +39,7 @@ from swinmoe.profiling.trace import trace_steps
 from swinmoe.runtime import make_accelerator
 from swinmoe.train import Arm, Length, make_arm
 from swinmoe.train.place import place
+from swinmoe.train.session import why_no_expert_kernel
 
 Line = dict[str, Any]
 """A `measurement` record, see `swinmoe.records.record`."""
@@ -200,6 +201,7 @@ class _Bench:
             optimizer=arm.optimizer if self.backward else None,
             inputs=[batch.images for batch in subject.batches],
         )
+        why_no_kernel = why_no_expert_kernel(arm) if arm.device.type == "cpu" else None
         line: Line = {
             "what": "model",
             "name": subject.name,
@@ -222,6 +224,8 @@ class _Bench:
             "bandwidth": None,
             "ranks": mesh.ep_size if routing else 1,
             "memory": worst_memory(memory, mesh),
+            "experts_in_kernel": None if why_no_kernel is None else not why_no_kernel,
+            "experts_in_kernel_reason": why_no_kernel or None,
         }
         if subject.alone is not None:
             line |= compare_alone(subject.alone, taken[f"{subject.name}: exchange"], in_exchange(breakdown), mesh)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from swinmoe.errors import ConfigError
+from swinmoe.errors import CheckpointError, ConfigError
 from swinmoe.profiling.trace import of_rank
-from swinmoe.records import RunRecord
+from swinmoe.records import RunRecord, read_records
 from swinmoe.runtime import agree, describe_environment, launched_rank, launched_world, start_processes, stop_processes
 from swinmoe.runtime.accelerator import wants_cpu
 
@@ -43,6 +43,14 @@ class ProfileSession:
         )
 
 
+def _holds_records(path: Path) -> bool:
+    """More than the beginning of a profile that was interrupted before it had measured anything."""
+    try:
+        return path.exists() and any(line["kind"] != "profile" for line in read_records(path))
+    except CheckpointError:  # damaged: not ours to remove
+        return True
+
+
 @contextmanager
 def profile_session(
     out: Path | None, settings: Mapping[str, Any], threads: int | None = None
@@ -65,11 +73,13 @@ def profile_session(
         torch.set_num_threads(threads)
     device = torch.device("cpu") if cpu else torch.device("cuda", torch.cuda.current_device())
     path = None if out is None else out / "records.jsonl"
-    used = path is not None and path.exists()
+    used = path is not None and _holds_records(path)
     agree({f"the profile's {key}": value for key, value in settings.items()} | {"whether --out holds records": used})
     if used:
         raise ConfigError(f"{str(path)!r} holds records already; give another --out, or remove it")
     rank = launched_rank()
+    if path is not None and rank == 0:
+        path.unlink(missing_ok=True)
     try:
         yield ProfileSession(device, rank, RunRecord(path if rank == 0 else None))
     finally:

@@ -36,13 +36,15 @@ are over all ranks, bytes those of one (the mean, for memory the one with the hi
 - what, name (unique in the file), variant (flat: dispatcher (`dense` for a baseline), num_experts, top_k, capacity,
   ep_size, world, chunks, exchange, skew, ...; of a model also what a sweep varies besides, as `key.of.run`), baseline
   (the name of the measurement to compare with)
-- ms {median, low, high (the median's 95 % interval), rounds}; of a model also p95, images_per_second
+- ms {median, low, high (the median's 95 % interval; of fewer than six rounds the range), rounds}; of a model also p95,
+  images_per_second
 - phases: {pass: {phase: ms}}, passes `forward`, `backward`, of a model `update`; phases route, scatter, exchange_out,
   experts, exchange_back, gather, other; of a model also attention, mlp (dense ones), optimizer. instrumented_ms: their
   sum, the same step with its phases marked
 - exchange_ms: the same rows' exchange alone, forward and backward; of a model those of all layers and micro-batches one
   after another, recomputed passes too; exposed_ms: the step's time in exchanges (copies, launches, waiting, for slower
   ranks too); hidden_ms: max(0, exchange_ms - exposed_ms), what other work covered
+- experts_in_kernel, experts_in_kernel_reason: whether experts take our kernel in C++, and why not; null off the CPU
 - balanced_ms: the same step with balance forced
 - run: of a model, its whole configuration, so that a plan can be held against the step
 - rows {routed, kept, computed}: choices, those not dropped, rows that experts multiplied (with padding)

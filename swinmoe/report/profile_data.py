@@ -223,6 +223,11 @@ def has_profile(records: Sequence[Line]) -> bool:
     return any(line["kind"] == "profile" and line.get("what") in WHATS for line in records)
 
 
+def has_measurements(records: Sequence[Line]) -> bool:
+    """Whether anything was measured: a profile that was interrupted early has a beginning alone."""
+    return any(line["kind"] == "measurement" for line in records)
+
+
 def read_profiles(paths: Sequence[Path]) -> Profiles:
     """Everything measured, of several records files: a world size each, say.
 

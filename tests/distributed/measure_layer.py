@@ -28,6 +28,8 @@ from swinmoe.profiling import take_turns
 from swinmoe.runtime import start_processes, stop_processes
 
 Step = Callable[[], None]
+PEERS = (("tutel", 1.0, False), ("tutel, no drops", 0.0, True), ("tutel as in Swin-MoE", 1.25, True))
+"""Name, capacity factor, and whether it is set up as Swin-MoE's is. Balance makes 1.0 and no drops the same rows."""
 
 
 def step_of(module: nn.Module, x: Tensor, slope: Tensor, *, give_back: bool = False) -> Step:
@@ -75,15 +77,15 @@ def experts_alone(args: argparse.Namespace, layer: MoEMlp, world: int) -> Step:
     return step
 
 
-def tutel_layer(args: argparse.Namespace, world: int, swin_moe: bool) -> nn.Module | None:
-    """With the capacity that forced balance needs and ours' loss, or as Swin-MoE's configs set it up: capacity factor
-    1.25, prioritised, noise, load and importance loss."""
+def tutel_layer(args: argparse.Namespace, world: int, factor: float, *, swin_moe: bool) -> nn.Module | None:
+    """With a capacity factor (0: no drops), and either ours' loss and no noise, or as Swin-MoE's configs have it:
+    noise, load and importance loss, and priority where there may be drops."""
     try:
         from tutel import moe as tutel_moe
     except ImportError:
         return None
     layer: nn.Module = tutel_moe.moe_layer(
-        gate_type={"type": "top", "k": 1, "capacity_factor": 1.25 if swin_moe else 1.0, "fp32_gate": True}
+        gate_type={"type": "top", "k": 1, "capacity_factor": factor, "fp32_gate": True}
         | ({"gate_noise": 1.0} if swin_moe else {}),
         model_dim=args.dim,
         experts={
@@ -92,7 +94,7 @@ def tutel_layer(args: argparse.Namespace, world: int, swin_moe: bool) -> nn.Modu
             "hidden_size_per_expert": args.hidden,
             "activation_fn": F.gelu,
         },
-        batch_prioritized_routing=swin_moe,
+        batch_prioritized_routing=swin_moe and factor > 0,
         is_gshard_loss=not swin_moe,
         normalize_gate=False,
     )
@@ -128,8 +130,8 @@ def main() -> None:
     }
     _, stats = layer(x)
     assert set(stats.routed.tolist()) == {args.tokens // args.experts}, "balance was meant to be forced"
-    for name, swin_moe in (("tutel", False), ("tutel as in Swin-MoE", True)):
-        peer = tutel_layer(args, world, swin_moe)
+    for name, factor, swin_moe in PEERS:
+        peer = tutel_layer(args, world, factor, swin_moe=swin_moe)
         if peer is not None:
             steps[name] = step_of(peer, x, slope)
     taken = take_turns(steps, args.rounds, group=mesh.world_group)

@@ -51,6 +51,38 @@ def test_a_sweep_over_layers(swinmoe, tmp_path: Path) -> None:  # type: ignore[n
     assert status == 2 and "holds records already; give another --out" in said
 
 
+def test_a_profile_that_was_interrupted_is_told_and_measured_again(swinmoe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    whole, begun = tmp_path / "whole", tmp_path / "begun"
+    assert swinmoe("profile", "layer", *SMALL, "--out", whole)[0] == 0
+    begun.mkdir()
+    (begun / "records.jsonl").write_text((whole / "records.jsonl").read_text().splitlines(keepends=True)[0])
+    status, _, said = swinmoe("report", whole, begun, "--out", tmp_path / "page")
+    assert status == 2 and "begun' holds the beginning of a profile and no measurement; measure again" in said
+    assert not (tmp_path / "page").exists()
+    assert swinmoe("profile", "layer", *SMALL, "--out", begun)[0] == 0
+    assert [line["kind"] for line in read_records(begun / "records.jsonl")].count("profile") == 1
+    assert swinmoe("report", whole, begun, "--out", tmp_path / "page")[0] == 0
+
+
+@pytest.mark.parametrize("why", ["", "no compiler"])
+def test_a_profile_says_who_computes_the_experts(why: str, swinmoe, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr("swinmoe.moe.expert_kernel.why_no_kernels", lambda: why)
+    how = f"torch's operators, not our kernel ({why})" if why else "our kernel in C++"
+    _, said, _ = swinmoe("profile", "layer", *SMALL, "--out", tmp_path / "out")
+    assert f"experts by {how}\n" in said
+    dense, sparse = (line for line in read_records(tmp_path / "out" / "records.jsonl") if line["kind"] == "measurement")
+    assert sparse["experts_in_kernel"] is not bool(why) and sparse["experts_in_kernel_reason"] == (why or None)
+    assert dense.get("experts_in_kernel") is None
+    vary = "train.native_kernels=none,experts"
+    config = ROOT / "configs" / "debug" / "digits_sparse_v1.yaml"
+    _, said, _ = swinmoe("profile", "model", config, "--vary", vary, "--rounds", "1", "--inference")
+    plain = "experts by torch's operators, not our kernel (train.native_kernels=none): "
+    told = [line for line in said.splitlines() if line.startswith("experts by")]
+    assert [line for line in told if line.startswith(plain) and line.endswith("native_kernels none")]
+    assert [line for line in told if line.startswith(f"experts by {how}: ") and line.endswith("native_kernels experts")]
+    assert "  range  " in said and "95 %" not in said
+
+
 def test_options_lie_on_top_of_a_file(swinmoe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     file = ROOT / "configs" / "profile" / "debug_layer.yaml"
     status, _, said = swinmoe(

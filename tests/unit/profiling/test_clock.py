@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 
 from swinmoe.profiling import Timing, median_interval, take_turns
+from swinmoe.profiling.clock import interval_name
 
 
 def coverage(n: int, k: int) -> float:
@@ -28,6 +29,12 @@ def test_the_interval_is_the_narrowest_that_covers(n: int) -> None:
 def test_few_draws_give_their_range(n: int) -> None:
     assert coverage(n, 1) < 0.95
     assert median_interval([float(i) for i in range(n)]) == (0.0, float(n - 1))
+
+
+def test_an_interval_is_called_one_where_it_is() -> None:
+    assert [interval_name(n) for n in (1, 5, 6)] == ["range", "range", "95 %"]
+    for n in range(1, 12):
+        assert (coverage(n, 1) >= 0.95) == (interval_name(n) == "95 %")
 
 
 def test_percentiles_are_rounds() -> None:
