@@ -78,8 +78,8 @@ def profile_session(
     if used:
         raise ConfigError(f"{str(path)!r} holds records already; give another --out, or remove it")
     rank = launched_rank()
-    if path is not None and rank == 0:
-        path.unlink(missing_ok=True)
+    if path is not None and rank == 0 and path.exists():
+        path.unlink()
     try:
         yield ProfileSession(device, rank, RunRecord(path if rank == 0 else None))
     finally:
