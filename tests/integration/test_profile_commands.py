@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from swinmoe.cli import main
 from swinmoe.records import read_records
 
 ROOT = Path(__file__).parents[2]
+Command = Callable[..., tuple[int, str, str]]
 SMALL = ("--tokens", "32", "--dim", "8", "--hidden", "16", "--rounds", "2")
 
 
 @pytest.fixture
-def swinmoe(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+def swinmoe(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """Runs a command line here: (exit status, what it said on stdout and on stderr)."""
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("RANK", raising=False)
@@ -31,7 +33,7 @@ def swinmoe(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     return run
 
 
-def test_a_sweep_over_layers(swinmoe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_sweep_over_layers(swinmoe: Command, tmp_path: Path) -> None:
     options = ("--experts", "2,4", "--dispatcher", "ragged,padded", "--capacity", "1.25", "--skew", "1")
     out, trace = tmp_path / "out", tmp_path / "trace.json"
     status, table, said = swinmoe("profile", "layer", *SMALL, *options, "--out", out, "--trace", trace)
@@ -51,7 +53,7 @@ def test_a_sweep_over_layers(swinmoe, tmp_path: Path) -> None:  # type: ignore[n
     assert status == 2 and "holds records already; give another --out" in said
 
 
-def test_a_profile_that_was_interrupted_is_told_and_measured_again(swinmoe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_profile_that_was_interrupted_is_told_and_measured_again(swinmoe: Command, tmp_path: Path) -> None:
     whole, begun = tmp_path / "whole", tmp_path / "begun"
     assert swinmoe("profile", "layer", *SMALL, "--out", whole)[0] == 0
     begun.mkdir()
@@ -65,7 +67,9 @@ def test_a_profile_that_was_interrupted_is_told_and_measured_again(swinmoe, tmp_
 
 
 @pytest.mark.parametrize("why", ["", "no compiler"])
-def test_a_profile_says_who_computes_the_experts(why: str, swinmoe, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_profile_says_who_computes_the_experts(
+    why: str, swinmoe: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("swinmoe.moe.expert_kernel.why_no_kernels", lambda: why)
     how = f"torch's operators, not our kernel ({why})" if why else "our kernel in C++"
     _, said, _ = swinmoe("profile", "layer", *SMALL, "--out", tmp_path / "out")
@@ -83,7 +87,7 @@ def test_a_profile_says_who_computes_the_experts(why: str, swinmoe, tmp_path: Pa
     assert "  range  " in said and "95 %" not in said
 
 
-def test_options_lie_on_top_of_a_file(swinmoe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_options_lie_on_top_of_a_file(swinmoe: Command, tmp_path: Path) -> None:
     file = ROOT / "configs" / "profile" / "debug_layer.yaml"
     status, _, said = swinmoe(
         "profile", "layer", file, *SMALL, "--dispatcher", "padded", "--inference", "--out", tmp_path
@@ -112,14 +116,14 @@ def test_options_lie_on_top_of_a_file(swinmoe, tmp_path: Path) -> None:  # type:
         (("model", "configs/debug/digits_swin_moe.yaml", "train.precision=fp16"), "needs a GPU"),
     ],
 )
-def test_errors_help(swinmoe, argv: tuple[str, ...], message: str) -> None:  # type: ignore[no-untyped-def]
+def test_errors_help(swinmoe: Command, argv: tuple[str, ...], message: str) -> None:
     status, _, said = swinmoe("profile", *argv)
     assert status == 2 and message in " ".join(said.split())
 
 
-def test_training_steps_can_be_traced(swinmoe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_training_steps_can_be_traced(swinmoe: Command, tmp_path: Path) -> None:
     config = "configs/debug/digits_swin_moe.yaml"
-    settings = ("train.steps=3", "train.batch_size=8", "data.limit=16", "log.peak_flops=1e11")
+    settings: tuple[str, ...] = ("train.steps=3", "train.batch_size=8", "data.limit=16", "log.peak_flops=1e11")
     settings = (*settings, "schedule.warmup_steps=1", f"output_dir={tmp_path}")
     status, _, said = swinmoe("train", config, *settings, "--trace", "2:3")
     path = tmp_path / "debug_digits_swin_moe" / "trace-2-3.json"
