@@ -35,7 +35,8 @@ constexpr int kDown = 6;  // 12 accumulators of 16 registers
 #endif
 constexpr int kAcross = 2 * LANES;  // columns of a tile, and of a panel
 constexpr int kUnrolled = 8;
-constexpr int kPanelAhead = 8;  // rows of a panel that are asked for before their turn
+constexpr int kPanelAhead = 8;   // rows of a panel that are asked for before their turn
+constexpr int kStripAhead = 64;  // and of a strip
 constexpr int64_t kRowsOfUnit = 768;    // that are worked on together: what belongs to them stays in a core's cache
 constexpr int64_t kRowsSummed = 256;    // at most, in single precision, of biases' gradients
 constexpr int64_t kPanelsOfThread = 4;  // at least, in a wave, so that threads have as much to do
@@ -79,21 +80,37 @@ struct Fetched {
   }
 };
 
-// out (ROWS, kAcross) = A B: B is a packed panel (depth, kAcross); A's rows are contiguous, or packed (depth, kDown).
-template <int ROWS, bool PACKED>
-void product(int64_t depth, const float* a, int64_t a_row, const float* b, float* out, const Fetched& fetched) {
+// One step of a product of ROWS rows: a number of each, `apart` from each other, times two vectors.
+template <int ROWS>
+inline __attribute__((always_inline)) void step(Vec (&acc)[ROWS][2], const float* a, int64_t apart, const float* b) {
+  const Vec left = load(b), right = load(b + LANES);
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; i++) {
+    const Vec x = fill(a[i * apart]);
+    acc[i][0] += x * left;
+    acc[i][1] += x * right;
+  }
+}
+
+template <int ROWS>
+inline void put_tile(const Vec (&acc)[ROWS][2], float* out) {
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; i++) {
+    store(out + i * kAcross, acc[i][0]);
+    store(out + i * kAcross + LANES, acc[i][1]);
+  }
+}
+
+// out (ROWS, kAcross) = the rows of a strip (depth, kDown) times a panel (depth, kAcross).
+template <int ROWS>
+void product(int64_t depth, const float* strip, const float* panel, float* out, const Fetched& fetched) {
   Vec acc[ROWS][2] = {};
   Fetched own = fetched;
   const auto one = [&](int64_t p) __attribute__((always_inline)) {
-    if (PACKED)  // long panels, which other tiles have pushed out of the first cache
-      for (int v = 0; v < 2; v++) __builtin_prefetch(b + (p + kPanelAhead) * kAcross + v * LANES, 0, 3);
-    const Vec left = load(b + p * kAcross), right = load(b + p * kAcross + LANES);
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; i++) {
-      const Vec x = fill(PACKED ? a[p * kDown + i] : a[i * a_row + p]);
-      acc[i][0] += x * left;
-      acc[i][1] += x * right;
-    }
+    // Long panels, which other tiles have pushed out of the first cache.
+    for (int v = 0; v < 2; v++) __builtin_prefetch(panel + (p + kPanelAhead) * kAcross + v * LANES, 0, 3);
+    __builtin_prefetch(strip + (p + kStripAhead) * kDown, 0, 3);
+    step<ROWS>(acc, strip + p * kDown, 1, panel + p * kAcross);
   };
   int64_t p = 0;
   for (; p + kUnrolled <= depth; p += kUnrolled) {
@@ -102,26 +119,47 @@ void product(int64_t depth, const float* a, int64_t a_row, const float* b, float
     for (int u = 0; u < kUnrolled; u++) one(p + u);
   }
   for (; p < depth; p++) one(p);
-#pragma GCC unroll 16
-  for (int i = 0; i < ROWS; i++) {
-    store(out + i * kAcross, acc[i][0]);
-    store(out + i * kAcross + LANES, acc[i][1]);
+  put_tile<ROWS>(acc, out);
+}
+
+// out (ROWS, kAcross) = ROWS columns of strips, over all rows, times a panel (rows of all strips, kAcross).
+template <int ROWS>
+void product_over_rows(const std::vector<int64_t>& heights, const float* strip, int64_t apart, const float* panel,
+                       float* out, const Fetched& fetched) {
+  Vec acc[ROWS][2] = {};
+  Fetched own = fetched;
+  for (const int64_t height : heights) {
+    own.fetch();
+    own.fetch();
+    const auto one = [&](int64_t r) __attribute__((always_inline)) {
+      for (int v = 0; v < 2; v++) __builtin_prefetch(panel + (r + kPanelAhead) * kAcross + v * LANES, 0, 3);
+      __builtin_prefetch(strip + apart + r * kDown, 0, 3);
+      step<ROWS>(acc, strip + r, kDown, panel + r * kAcross);
+    };
+#pragma GCC unroll 4
+    for (int64_t r = 0; r < height; r++) one(r);
+    strip += apart;
+    panel += height * kAcross;
   }
+  put_tile<ROWS>(acc, out);
 }
 
-using Product = void (*)(int64_t, const float*, int64_t, const float*, float*, const Fetched&);
-
-template <bool PACKED, int... I>
-Product product_of(int64_t rows, std::integer_sequence<int, I...>) {
-  static const Product all[] = {product<I + 1, PACKED>...};
-  return all[rows - 1];
+template <int... I>
+inline void multiply(int64_t rows, std::integer_sequence<int, I...>, int64_t depth, const float* strip,
+                     const float* panel, float* out, const Fetched& fetched) {
+  static constexpr decltype(&product<1>) all[] = {product<I + 1>...};
+  all[rows - 1](depth, strip, panel, out, fetched);
 }
 
-template <bool PACKED>
-inline void multiply(int64_t rows, int64_t depth, const float* a, int64_t a_row, const float* b, float* out,
-                     const Fetched& fetched) {
-  product_of<PACKED>(rows, std::make_integer_sequence<int, kDown>())(depth, a, a_row, b, out, fetched);
+template <int... I>
+inline void multiply_over_rows(int64_t columns, std::integer_sequence<int, I...>, const std::vector<int64_t>& heights,
+                               const float* strip, int64_t apart, const float* panel, float* out,
+                               const Fetched& fetched) {
+  static constexpr decltype(&product_over_rows<1>) all[] = {product_over_rows<I + 1>...};
+  all[columns - 1](heights, strip, apart, panel, out, fetched);
 }
+
+constexpr auto kHeights = std::make_integer_sequence<int, kDown>();
 
 // n numbers of a tile's row go to `to`, streamed or not; or are added to what is there.
 inline void put(float* to, const float* row, int64_t n, bool add, bool streamed = false) {
@@ -205,13 +243,31 @@ void pack(const float* from, int64_t ld, int64_t n, int64_t depth, float* panel)
         store(panel + p * kAcross + v * LANES, load_up_to(from + p * ld + v * LANES, n - v * LANES));
 }
 
-// `depth` rows of n <= kDown numbers, `ld` apart -> (depth, kDown). May read LANES numbers of each row if `whole`.
-void pack_left(const float* from, int64_t ld, int64_t n, int64_t depth, bool whole, float* to) {
-  for (int64_t p = 0; p < depth; p++)
-    if (whole && kDown <= LANES)
-      store(to + p * kDown, load(from + p * ld));  // the next row is written over what is too much
-    else
-      for (int64_t i = 0; i < n; i++) to[p * kDown + i] = from[p * ld + i];
+// n <= kDown rows of `depth` numbers, `ld` apart -> a strip (depth, kDown), and nothing behind it; and their sum (depth).
+void pack_strip(const float* from, int64_t ld, int64_t n, int64_t depth, float* strip, float* sums = nullptr) {
+  int64_t p = 0;
+  if constexpr (kDown <= LANES)
+    for (; p + LANES <= depth; p += LANES) {
+      Vec square[LANES], total = {};
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) square[i] = load(from + std::min<int64_t>(i, n - 1) * ld + p);
+      if (sums) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kDown; i++)
+          if (i < n) total += square[i];
+        store(sums + p, total);
+      }
+      transpose<1>(square);
+      // A vector is longer than its place: the next is written over what is too much.
+#pragma GCC unroll 16
+      for (int i = 0; i + 1 < LANES; i++) store(strip + (p + i) * kDown, square[i]);
+      std::memcpy(strip + (p + LANES - 1) * kDown, &square[LANES - 1], sizeof(float) * kDown);
+    }
+  for (; p < depth; p++) {
+    float total = 0;
+    for (int64_t i = 0; i < n; i++) total += strip[p * kDown + i] = from[i * ld + p];
+    if (sums) sums[p] = total;
+  }
 }
 
 // A panel of weights that is packed a part at a time, after each tile of the panel before it: what the tile's product
@@ -252,10 +308,27 @@ struct Piece {
 
 // Rows of one expert that are worked on together.
 struct Unit {
-  int64_t expert, rows, at;  // `at`: where they begin among the rows of the wave
-  bool first;                // of its expert
+  int64_t expert, rows, at, strip;  // where they begin among the rows of the wave, and among its strips
+  bool first;                       // of its expert
   std::vector<Piece> pieces;
+  std::vector<int64_t> heights{};  // rows of its tiles
+
+  int64_t tiles() const { return heights.size(); }
 };
+
+// Calls f(row of the unit, row of the map, rows) for tiles of nearly equal height.
+template <class F>
+inline void each_tile(const Unit& unit, F f) {
+  int64_t before = 0;
+  for (const Piece& piece : unit.pieces) {
+    const int64_t parts = ceil_div(piece.rows, kDown);
+    for (int64_t i = 0; i < parts; i++) {
+      const int64_t from = piece.rows * i / parts, to = piece.rows * (i + 1) / parts;
+      f(before + from, piece.from + from, to - from);
+    }
+    before += piece.rows;
+  }
+}
 
 // A panel that a thread works on; `second`: of the layer that needs all hidden units of a unit.
 struct Item {
@@ -264,7 +337,7 @@ struct Item {
 };
 
 struct Wave {
-  int64_t from, to, rows;  // units, and rows of all of them
+  int64_t from, to, rows, strips;  // units, and rows and strips of all of them
 };
 
 struct Mlp {
@@ -273,9 +346,10 @@ struct Mlp {
   int64_t chunk;              // rows of a chunk of pre-activations
   std::vector<Unit> units{};  // expert by expert
   std::vector<Wave> waves{};
-  int64_t most = 0, longest = 0, num_rows = 0;  // of a wave, of a unit, in all
+  int64_t most = 0, most_strips = 0, num_rows = 0;  // of a wave, and rows in all
 
-  int64_t stride() const { return up(hidden) + LANES; }  // so that rows do not fall into the same sets of a cache
+  // Numbers between strips: what the last vector writes too much, and no two in the same sets of a cache.
+  static int64_t apart(int64_t depth) { return up(depth * kDown) + LANES; }
   bool streams_pre(const float* const* pre) const {
     bool all = true;
     for (int64_t c = 0; c * chunk < num_rows; c++) all = all && streams(pre[c], num_rows, hidden);
@@ -302,7 +376,7 @@ struct Mlp {
       const int64_t parts = ceil_div(rows, kRowsOfUnit);
       size_t next = 0;
       for (int64_t i = 0; i < parts; i++) {
-        Unit unit{e, rows * (i + 1) / parts - rows * i / parts, 0, i == 0, {}};
+        Unit unit{e, rows * (i + 1) / parts - rows * i / parts, 0, 0, i == 0, {}};
         for (int64_t missing = unit.rows; missing;) {
           Piece& piece = of[e][next];
           const int64_t taken = std::min(missing, piece.rows);
@@ -311,6 +385,7 @@ struct Mlp {
           if (!piece.rows) next++;
           missing -= taken;
         }
+        each_tile(unit, [&](int64_t, int64_t, int64_t height) { unit.heights.push_back(height); });
         units.push_back(std::move(unit));
       }
     }
@@ -318,13 +393,15 @@ struct Mlp {
     for (int64_t u = 0; u < (int64_t)units.size(); u++) {
       // Two units of one expert add to the same gradients: one after the other.
       const bool full = waves.empty() || waves.back().to - waves.back().from == together;
-      if (full || !units[u].first) waves.push_back({u, u, 0});
+      if (full || !units[u].first) waves.push_back({u, u, 0, 0});
       Wave& wave = waves.back();
       units[u].at = wave.rows;
+      units[u].strip = wave.strips;
       wave.rows += units[u].rows;
+      wave.strips += units[u].tiles();
       wave.to++;
-      longest = std::max(longest, units[u].rows);
       most = std::max(most, wave.rows);
+      most_strips = std::max(most_strips, wave.strips);
     }
   }
 
@@ -342,6 +419,19 @@ struct Mlp {
       const int64_t first = bound(from), last = bound(to);
       if (first < last) f(u, first, last);
       before += rows * all;
+    }
+  }
+
+  // Calls f(unit, strip of the wave, row of the unit, row of the map, rows) for the tiles of a wave that a thread packs.
+  template <class F>
+  void tiles_of(const Wave& wave, int64_t thread, int64_t threads, F f) const {
+    const int64_t from = wave.strips * thread / threads, to = wave.strips * (thread + 1) / threads;
+    for (int64_t u = wave.from; u < wave.to; u++) {
+      int64_t strip = units[u].strip;
+      each_tile(units[u], [&](int64_t row, int64_t at, int64_t rows) {
+        if (from <= strip && strip < to) f(units[u], strip, row, at, rows);
+        strip++;
+      });
     }
   }
 
@@ -363,26 +453,8 @@ struct Mlp {
   }
 };
 
-// Tiles of a unit.
-inline int64_t num_tiles(const Unit& unit) {
-  int64_t all = 0;
-  for (const Piece& piece : unit.pieces) all += ceil_div(piece.rows, kDown);
-  return all;
-}
-
-// Calls f(row of the unit, row of the map, rows) for tiles of nearly equal height.
-template <class F>
-inline void tiles(const Unit& unit, F f) {
-  int64_t before = 0;
-  for (const Piece& piece : unit.pieces) {
-    const int64_t parts = ceil_div(piece.rows, kDown);
-    for (int64_t i = 0; i < parts; i++) {
-      const int64_t from = piece.rows * i / parts, to = piece.rows * (i + 1) / parts;
-      f(before + from, piece.from + from, to - from);
-    }
-    before += piece.rows;
-  }
-}
+// A panel's columns of a strip.
+inline Ahead part_of_strip(const float* at) { return rows_of(at, kAcross, kDown); }
 
 // Sums of the columns of a panel over rows.
 struct Sums {
@@ -481,20 +553,20 @@ struct Forward {
 
 template <class Activation, bool DROPS>
 void forward(const Mlp& m, const Forward& t, int64_t threads) {
-  const int64_t D = m.dim, F = m.hidden, stride = m.stride();
+  const int64_t D = m.dim, F = m.hidden, of_d = m.apart(D), of_f = m.apart(F);
   const int64_t depth = std::max(D, F);
-  // Hidden units of two waves, since a thread may be in the next one; two panels of each thread.
-  const Room room{2 * m.most * stride, threads * 2 * depth * kAcross};
+  // Hidden units and rows of two waves, since a thread may be in the next one; two panels of each thread.
+  const Room room{2 * m.most_strips * of_f, threads * 2 * depth * kAcross, 2 * m.most_strips * of_d};
   std::vector<std::vector<Item>> items(threads);
   std::vector<std::vector<int64_t>> ends(threads);
   m.make_room(items, ends);
   const bool streams_out = streams(t.out, m.num_rows, D), streams_pre = t.pre && m.streams_pre(t.pre);
 #pragma omp parallel num_threads(threads)
   {
-    const int64_t thread = omp_get_thread_num();
+    const int64_t thread = omp_get_thread_num(), there = omp_get_num_threads();
     alignas(64) float tile[kDown * kAcross];
     std::vector<Item>& own = items[thread];
-    m.items(thread, omp_get_num_threads(), own, ends[thread]);
+    m.items(thread, there, own, ends[thread]);
     const auto packing_of = [&](size_t i) -> Packing {
       if (i >= own.size()) return {};
       const auto [unit, p, second] = own[i];
@@ -503,30 +575,41 @@ void forward(const Mlp& m, const Forward& t, int64_t threads) {
       return {from, ld, std::min<int64_t>(kAcross, width - at), ld, true,
               room[1] + (2 * thread + i % 2) * depth * kAcross};
     };
+    const auto pack_rows = [&](size_t w) {
+      if (w >= m.waves.size()) return;
+      float* to = room[2] + w % 2 * m.most_strips * of_d;
+      m.tiles_of(m.waves[w], thread, there, [&](const Unit&, int64_t strip, int64_t, int64_t from, int64_t rows) {
+        pack_strip(t.x + from * D, D, rows, D, to + strip * of_d);
+      });
+    };
     Packing now = packing_of(0);
     now.finish();
+    pack_rows(0);
+#pragma omp barrier
     size_t i = 0;
     for (size_t w = 0; w < m.waves.size(); w++) {
-      float* hidden = room[0] + w % 2 * m.most * stride;
+      const float* inputs = room[2] + w % 2 * m.most_strips * of_d;
+      float* hidden = room[0] + w % 2 * m.most_strips * of_f;
       for (; i < (size_t)ends[thread][2 * w]; i++) {
         const Unit& unit = m.units[own[i].unit];
-        const int64_t f = own[i].panel * kAcross, n = now.n, parts = num_tiles(unit);
+        const int64_t f = own[i].panel * kAcross, n = now.n, parts = unit.tiles();
         Vec bias[2] = {};
         if (t.b1)
           for (int v = 0; v < 2; v++) bias[v] = load_up_to(t.b1 + unit.expert * F + f + v * LANES, n - v * LANES);
         Packing next = packing_of(i + 1);
         int64_t part = 0;
-        tiles(unit, [&](int64_t row, int64_t from, int64_t rows) {
+        each_tile(unit, [&](int64_t, int64_t from, int64_t rows) {
           float* kept = t.pre ? t.pre[from / m.chunk] + from % m.chunk * F + f : nullptr;
-          float* to = hidden + (unit.at + row) * stride + f;
-          Fetched fetched{rows_of(to, stride, rows)};
+          float* to = hidden + (unit.strip + part) * of_f + f * kDown;
+          Fetched fetched{part_of_strip(to)};
           if (kept && !streams_pre) fetched.then_written = rows_of(kept, F, rows);
           fetched.weights = next.ahead(part, parts);
-          multiply<false>(rows, D, t.x + from * D, D, now.panel, tile, fetched);
+          multiply(rows, kHeights, D, inputs + (unit.strip + part) * of_d, now.panel, tile, fetched);
           for (int64_t r = 0; r < rows; r++) {
             const uint64_t key = DROPS ? t.dropout.key(from + r) : 0;
             for (int v = 0; v < 2; v++) {
-              const Vec y = load(tile + r * kAcross + v * LANES) + bias[v];
+              float* at = tile + r * kAcross + v * LANES;
+              const Vec y = load(at) + bias[v];
               const int64_t some = n - v * LANES;
               Vec value = Activation::value(y);
               if (DROPS) value *= t.dropout.factors(key, f + v * LANES);
@@ -535,31 +618,32 @@ void forward(const Mlp& m, const Forward& t, int64_t threads) {
                   stream(kept + r * F + v * LANES, y);
                 else if (kept)
                   store(kept + r * F + v * LANES, y);
-                store(to + r * stride + v * LANES, value);
-              } else if (some > 0) {
-                if (kept) store_some(kept + r * F + v * LANES, y, some);
-                store_some(to + r * stride + v * LANES, value, some);
+              } else if (kept && some > 0) {
+                store_some(kept + r * F + v * LANES, y, some);
               }
+              store(at, value);
             }
           }
+          pack_strip(tile, kAcross, rows, n, to);
           next.go_on(part++, parts);
         });
         now = next;
       }
+      pack_rows(w + 1);
 #pragma omp barrier
       for (; i < (size_t)ends[thread][2 * w + 1]; i++) {
         const Unit& unit = m.units[own[i].unit];
-        const int64_t d = own[i].panel * kAcross, n = now.n, parts = num_tiles(unit);
+        const int64_t d = own[i].panel * kAcross, n = now.n, parts = unit.tiles();
         Vec bias[2] = {};
         if (t.b2)
           for (int v = 0; v < 2; v++) bias[v] = load_up_to(t.b2 + unit.expert * D + d + v * LANES, n - v * LANES);
         Packing next = packing_of(i + 1);
         int64_t part = 0;
-        tiles(unit, [&](int64_t row, int64_t from, int64_t rows) {
+        each_tile(unit, [&](int64_t, int64_t from, int64_t rows) {
           Fetched fetched{};
           if (!streams_out) fetched.written = rows_of(t.out + from * D + d, D, rows);
           fetched.weights = next.ahead(part, parts);
-          multiply<false>(rows, F, hidden + (unit.at + row) * stride, stride, now.panel, tile, fetched);
+          multiply(rows, kHeights, F, hidden + (unit.strip + part) * of_f, now.panel, tile, fetched);
           for (int64_t r = 0; r < rows; r++) {
             float* sum = tile + r * kAcross;
             for (int v = 0; v < 2; v++) store(sum + v * LANES, load(sum + v * LANES) + bias[v]);
@@ -586,13 +670,15 @@ struct Backward {
 
 template <class Activation, bool DROPS>
 void backward(const Mlp& m, const Backward& t, int64_t threads) {
-  const int64_t D = m.dim, F = m.hidden, stride = m.stride(), across_f = m.panels(false), across_d = m.panels(true);
-  const int64_t depth = std::max(D, F), of_x = m.longest * across_d * kAcross;
-  const int64_t of_left = m.longest * kDown * ceil_div(D, kDown) + LANES;
-  // Gradients of two waves' pre-activations, row by row; a wave's hidden units, panel by panel; of each thread two
-  // panels, left factors of weights' gradients, and a unit's rows, panel by panel.
-  const Room room{2 * m.most * stride, m.most * across_f * kAcross, threads * 2 * depth * kAcross, threads * of_left,
-                  threads * of_x};
+  const int64_t D = m.dim, F = m.hidden, of_d = m.apart(D), of_f = m.apart(F);
+  const int64_t across_f = m.panels(false), across_d = m.panels(true);
+  const int64_t depth = std::max(D, F), of_x = across_d * kAcross, of_sums = up(D);
+  // Of two waves, since a thread may be in the next one, the gradients of pre-activations and of outputs, in strips, and
+  // rows, panel by panel; of three the sums of outputs' gradients over each strip, since they are packed for the wave
+  // after the next while the slowest adds up those of the last. A wave's hidden units, panel by panel; two panels of each
+  // thread.
+  const Room room{2 * m.most_strips * of_f,    2 * m.most_strips * of_d,   3 * m.most_strips * of_sums, 2 * m.most * of_x,
+                  m.most * across_f * kAcross, threads * 2 * depth * kAcross};
   std::vector<std::vector<Item>> items(threads);
   std::vector<std::vector<int64_t>> ends(threads);
   m.make_room(items, ends);
@@ -602,7 +688,6 @@ void backward(const Mlp& m, const Backward& t, int64_t threads) {
 #pragma omp parallel num_threads(threads)
   {
     const int64_t thread = omp_get_thread_num(), there = omp_get_num_threads();
-    float* left = room[3] + thread * of_left;
     alignas(64) float tile[kDown * kAcross];
     std::vector<Item>& own = items[thread];
     m.items(thread, there, own, ends[thread]);
@@ -611,11 +696,25 @@ void backward(const Mlp& m, const Backward& t, int64_t threads) {
       const auto [unit, p, second] = own[i];
       const int64_t width = second ? D : F, at = p * kAcross;
       const float* from = (second ? t.fc1 : t.fc2) + m.units[unit].expert * F * D + at;
-      float* panel = room[2] + (2 * thread + i % 2) * depth * kAcross;
+      float* panel = room[5] + (2 * thread + i % 2) * depth * kAcross;
       return {from, width, std::min<int64_t>(kAcross, width - at), second ? F : D, false, panel};
+    };
+    const auto pack_rows = [&](size_t w) {
+      if (w >= m.waves.size()) return;
+      const int64_t before = w % 2 * m.most_strips;
+      float* panels = room[3] + w % 2 * m.most * of_x;
+      m.tiles_of(m.waves[w], thread, there, [&](const Unit& unit, int64_t strip, int64_t row, int64_t from, int64_t rows) {
+        float* sums = t.grad_b2 ? room[2] + (w % 3 * m.most_strips + strip) * of_sums : nullptr;
+        pack_strip(t.grad + from * D, D, rows, D, room[1] + (before + strip) * of_d, sums);
+        for (int64_t p = 0; t.grad_fc1 && p < across_d; p++)
+          pack(t.x + from * D + p * kAcross, D, std::min<int64_t>(kAcross, D - p * kAcross), rows,
+               panels + unit.at * of_x + (p * unit.rows + row) * kAcross);
+      });
     };
     Packing now = packing_of(0);
     now.finish();
+    pack_rows(0);
+#pragma omp barrier
     size_t i = 0;
     for (int64_t e = thread; e < m.experts; e += there) {
       if (has_rows[e]) continue;
@@ -623,74 +722,56 @@ void backward(const Mlp& m, const Backward& t, int64_t threads) {
       if (t.grad_fc2 && !t.add_fc2) std::fill(t.grad_fc2 + e * F * D, t.grad_fc2 + (e + 1) * F * D, 0.0f);
     }
     // What hidden units `from` to `to` of a unit give to weights' gradients.
-    const auto weight_gradients = [&](const Unit& unit, const float* grad_pre, int64_t from, int64_t to) {
+    const auto weight_gradients = [&](const Unit& unit, const float* grad_pre, const float* slopes, const float* x,
+                                      int64_t from, int64_t to) {
       const int64_t e = unit.expert, rows = unit.rows;
       if (t.grad_fc2) {  // (D, rows) (rows, F)
         const bool add = t.add_fc2 || !unit.first;
         const int64_t parts = ceil_div(D, kDown);
-        for (int64_t part = 0; part < parts; part++) {
-          const int64_t d = D * part / parts, n = D * (part + 1) / parts - d;
-          // A vector's width may be read of rows that do not begin too near the end of all: of the first so many.
-          const int64_t last = m.num_rows * D - d - LANES, wide = last < 0 ? 0 : last / D + 1;
-          float* packed = left + part * rows * kDown;
-          for (const Piece& piece : unit.pieces) {
-            const int64_t whole = std::clamp<int64_t>(wide - piece.from, 0, piece.rows), rest = piece.rows - whole;
-            pack_left(t.grad + piece.from * D + d, D, n, whole, true, packed);
-            pack_left(t.grad + (piece.from + whole) * D + d, D, n, rest, false, packed + whole * kDown);
-            packed += piece.rows * kDown;
-          }
-        }
         // One panel after another, with all left factors, which stay in the cache: of panels there is more than it holds.
         for (int64_t p = from; p < to; p++) {
-          const float* values = room[1] + (unit.at * across_f + p * rows) * kAcross;
+          const float* values = room[4] + (unit.at * across_f + p * rows) * kAcross;
           const int64_t across = std::min<int64_t>(kAcross, F - p * kAcross);
           for (int64_t part = 0; part < parts; part++) {
             const int64_t d = D * part / parts, n = D * (part + 1) / parts - d;
             float* written = t.grad_fc2 + (e * D + d) * F + p * kAcross;
-            multiply<true>(n, rows, left + part * rows * kDown, 0, values, tile, {rows_of(written, F, n)});
+            multiply_over_rows(n, kHeights, unit.heights, slopes + d * kDown, of_d, values, tile, {rows_of(written, F, n)});
             for (int64_t r = 0; r < n; r++) put(written + r * F, tile + r * kAcross, across, add);
           }
         }
       }
       if (t.grad_fc1) {  // (F, rows) (rows, D)
         const bool add = t.add_fc1 || !unit.first;
-        float* x = room[4] + thread * of_x;
-        int64_t at = 0;
-        for (const Piece& piece : unit.pieces) {
-          for (int64_t p = 0; p < across_d; p++)
-            pack(t.x + piece.from * D + p * kAcross, D, std::min<int64_t>(kAcross, D - p * kAcross), piece.rows,
-                 x + (p * rows + at) * kAcross);
-          at += piece.rows;
-        }
         const int64_t begin = from * kAcross, end = std::min(to * kAcross, F);
         for (int64_t parts = ceil_div(end - begin, kDown), part = 0; part < parts; part++) {
           const int64_t f = begin + (end - begin) * part / parts, n = begin + (end - begin) * (part + 1) / parts - f;
-          pack_left(grad_pre + f, stride, n, rows, f + LANES <= end, left);  // no column that others may be writing
           for (int64_t p = 0; p < across_d; p++) {
             float* to = t.grad_fc1 + (e * F + f) * D + p * kAcross;
             const int64_t across = std::min<int64_t>(kAcross, D - p * kAcross);
-            multiply<true>(n, rows, left, 0, x + p * rows * kAcross, tile, {rows_of(to, D, n)});
+            multiply_over_rows(n, kHeights, unit.heights, grad_pre + f * kDown, of_f, x + p * rows * kAcross, tile,
+                               {rows_of(to, D, n)});
             for (int64_t r = 0; r < n; r++) put(to + r * D, tile + r * kAcross, across, add);
           }
         }
       }
     };
     for (size_t w = 0; w < m.waves.size(); w++) {
-      float* grads = room[0] + w % 2 * m.most * stride;
+      float* grads = room[0] + w % 2 * m.most_strips * of_f;
+      const float* slopes = room[1] + w % 2 * m.most_strips * of_d;
       const size_t end = ends[thread][2 * w];
       for (size_t begun = i; i < end; i++) {
         const Unit& unit = m.units[own[i].unit];
-        float* grad_pre = grads + unit.at * stride;
-        const int64_t f = own[i].panel * kAcross, n = now.n, parts = num_tiles(unit);
+        float* grad_pre = grads + unit.strip * of_f;
+        const int64_t f = own[i].panel * kAcross, n = now.n, parts = unit.tiles();
         Packing next = packing_of(i + 1);
         int64_t part = 0;
         Sums sums;
-        float* values = room[1] + (unit.at * across_f + own[i].panel * unit.rows) * kAcross;
-        tiles(unit, [&](int64_t row, int64_t from, int64_t rows) {
+        float* values = room[4] + (unit.at * across_f + own[i].panel * unit.rows) * kAcross;
+        each_tile(unit, [&](int64_t row, int64_t from, int64_t rows) {
           const float* pre = t.pre[from / m.chunk] + from % m.chunk * F + f;
-          float* to = grad_pre + row * stride + f;
-          const Fetched fetched{rows_of(to, stride, rows), {}, rows_of(pre, F, rows), next.ahead(part, parts)};
-          multiply<false>(rows, D, t.grad + from * D, D, now.panel, tile, fetched);
+          float* to = grad_pre + part * of_f + f * kDown;
+          const Fetched fetched{part_of_strip(to), {}, rows_of(pre, F, rows), next.ahead(part, parts)};
+          multiply(rows, kHeights, D, slopes + (unit.strip + part) * of_d, now.panel, tile, fetched);
           for (int64_t r = 0; r < rows; r++) {
             const uint64_t key = DROPS ? t.dropout.key(from + r) : 0;
             for (int v = 0; v < 2; v++) {
@@ -703,42 +784,46 @@ void backward(const Mlp& m, const Backward& t, int64_t threads) {
                 slope *= factors;
               }
               store(values + (row + r) * kAcross + v * LANES, value);
-              const Vec grad = load(tile + r * kAcross + v * LANES) * slope;
+              float* at = tile + r * kAcross + v * LANES;
+              const Vec grad = load(at) * slope;
               sums.add(v, grad);
-              if (n - v * LANES > 0) store(to + r * stride + v * LANES, grad);  // rows have room for a vector more
+              store(at, grad);
             }
           }
+          pack_strip(tile, kAcross, rows, n, to);
           sums.seen(rows);
           next.go_on(part++, parts);
         });
         now = next;
         if (t.grad_b1) sums.add_to(t.grad_b1 + unit.expert * F + f, n);
         if (i + 1 == end || own[i + 1].unit != own[i].unit) {
-          weight_gradients(unit, grad_pre, own[begun].panel, own[i].panel + 1);
+          weight_gradients(unit, grad_pre, slopes + unit.strip * of_d, room[3] + (w % 2 * m.most + unit.at) * of_x,
+                           own[begun].panel, own[i].panel + 1);
           begun = i + 1;
         }
       }
+      pack_rows(w + 1);
 #pragma omp barrier
       for (; i < (size_t)ends[thread][2 * w + 1]; i++) {
         const Unit& unit = m.units[own[i].unit];
-        const int64_t d = own[i].panel * kAcross, n = now.n, parts = num_tiles(unit);
+        const int64_t d = own[i].panel * kAcross, n = now.n, parts = unit.tiles();
         if (t.grad_b2) {
           Sums sums;
-          tiles(unit, [&](int64_t, int64_t from, int64_t rows) {
-            for (int64_t r = 0; r < rows; r++)
-              for (int v = 0; v < 2; v++)
-                sums.add(v, load_up_to(t.grad + (from + r) * D + d + v * LANES, n - v * LANES));
-            sums.seen(rows);
-          });
+          const float* of_strip = room[2] + (w % 3 * m.most_strips + unit.strip) * of_sums + d;
+          for (const int64_t height : unit.heights) {
+            for (int v = 0; v < 2; v++) sums.add(v, load_up_to(of_strip + v * LANES, n - v * LANES));
+            sums.seen(height);
+            of_strip += of_sums;
+          }
           sums.add_to(t.grad_b2 + unit.expert * D + d, n);
         }
         Packing next = packing_of(i + 1);
         int64_t part = 0;
         if (t.grad_x)
-          tiles(unit, [&](int64_t row, int64_t from, int64_t rows) {
+          each_tile(unit, [&](int64_t, int64_t from, int64_t rows) {
             Fetched fetched{{}, {}, {}, next.ahead(part, parts)};
             if (!streams_x) fetched.written = rows_of(t.grad_x + from * D + d, D, rows);
-            multiply<false>(rows, F, grads + (unit.at + row) * stride, stride, now.panel, tile, fetched);
+            multiply(rows, kHeights, F, grads + (unit.strip + part) * of_f, now.panel, tile, fetched);
             for (int64_t r = 0; r < rows; r++) put(t.grad_x + (from + r) * D + d, tile + r * kAcross, n, false, streams_x);
             next.go_on(part++, parts);
           });
