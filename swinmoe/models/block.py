@@ -103,7 +103,8 @@ class SwinBlock(nn.Module):
         tokens = h.flatten(0, 2)
         if noise is None:
             noise = self.mlp.draw_noise(tokens.shape[0], tokens.device)
-        *assigned, stats = self.mlp.assign(tokens, noise)
+        routing, *decided, stats = self.mlp.assign(tokens, noise)
+        tokens, assigned = routing.to_carry(tokens), (routing, *decided)
         # To its end, though the last values saved for backward come before: no exchange may be left half done.
         with set_checkpoint_early_stop(False):
             y = checkpoint(self._carry, self.mlp, x, tokens, assigned, keep_mlp, use_reentrant=False)

@@ -7,7 +7,7 @@ from torch import nn
 from swinmoe.errors import BackendUnavailableError
 from swinmoe.models.attention import WindowAttention
 from swinmoe.models.mlp import Mlp
-from swinmoe.moe import Experts, MoEMlp
+from swinmoe.moe import Experts, MoEMlp, Router
 from swinmoe.native import kernels
 
 
@@ -35,7 +35,7 @@ def use_native_kernels(model: nn.Module, *, experts: bool = True) -> None:
     for module in model.modules():
         if isinstance(module, WindowAttention) and module.attention_impl == "auto":
             module.attention_impl = "native"
-        if isinstance(module, Mlp) or (experts and isinstance(module, Experts | MoEMlp)):
+        if isinstance(module, Mlp) or (experts and isinstance(module, Experts | MoEMlp | Router)):
             module.native = True
 
 
@@ -44,5 +44,5 @@ def leave_native_kernels(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, WindowAttention) and module.attention_impl == "native":
             module.attention_impl = "auto"
-        if isinstance(module, Mlp | Experts | MoEMlp):
+        if isinstance(module, Mlp | Experts | MoEMlp | Router):
             module.native = False

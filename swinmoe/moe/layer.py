@@ -45,7 +45,7 @@ class MoEMlp(nn.Module):
     """
 
     native: bool = True
-    """Whether rows may be carried by our kernels in C++: float32 on a CPU. Experts have a switch of their own."""
+    """Whether rows may be carried by our kernels in C++: float32 on a CPU. Experts and router have switches."""
     _noise_seed: int
     _generator: torch.Generator
 
@@ -99,7 +99,7 @@ class MoEMlp(nn.Module):
         if noise is None:
             noise = self.draw_noise(tokens.shape[0], tokens.device)
         routing, plan, route, stats = self.assign(tokens, noise)
-        return self.carry(tokens, routing, plan, route).view(x.shape), stats
+        return self.carry(routing.to_carry(tokens), routing, plan, route).view(x.shape), stats
 
     def assign(self, tokens: Tensor, noise: Tensor | None) -> tuple[Routing, DispatchPlan, Route, RoutingStats]:
         """Decide who goes where, and everything that ranks tell each other about it; no feature moves.

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swinmoe import native as kernels
 from swinmoe.config.moe import MoEConfig
 from swinmoe.moe.precision import autocast_dtype, rounds_products, without_autocast
 from swinmoe.moe.registry import register_router
@@ -48,6 +49,8 @@ class Router(nn.Module):
     """
 
     expert_bias: Tensor | None
+    native: bool = True
+    """Whether our kernel in C++ may join the gradients of tokens: float32 on a CPU."""
 
     def __init__(
         self,
@@ -73,6 +76,10 @@ class Router(nn.Module):
         """Logits (T, E) of tokens (T, D), which come in the gate's dtype."""
         raise NotImplementedError
 
+    def score_and_pass(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`score`, and the tokens once more, as `Routing.passed` has them, or None: our kernel may be taken."""
+        return self.score(x), None
+
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Routing:
         """Route tokens.
 
@@ -80,11 +87,14 @@ class Router(nn.Module):
             x: (T, D).
             noise: (T, E) added to the logits (V-MoE, Riquelme et al. 2021, §2), or None.
         """
+        passed = None
         with without_autocast(x) if self.cfg.fp32 else nullcontext():
             wide = torch.promote_types(x.dtype, torch.float32) if self.cfg.fp32 else x.dtype
             if self.cfg.fp32 and rounds_products(x):
                 # TensorFloat-32 has no more bits than float16, and its switch is the whole process's: go round it.
                 logits = self.score(x.double()).to(wide)
+            elif self.native and x.dtype == wide and autocast_dtype(x) is None:
+                logits, passed = self.score_and_pass(x)
             else:
                 logits = self.score(x.to(wide))
             noisy = logits if noise is None else logits + noise.to(logits.dtype)
@@ -103,7 +113,7 @@ class Router(nn.Module):
             ):  # one gate over itself would be 1, and teach the router nothing
                 gates = gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).eps)
         std = 0.0 if noise is None else self.cfg.noise / self.num_experts
-        return Routing(expert_ids, gates, logits, noisy, probs, std)
+        return Routing(expert_ids, gates, logits, noisy, probs, std, passed)
 
     @torch.no_grad()
     def update_bias(self, routed: Tensor) -> None:
@@ -144,6 +154,15 @@ class LinearRouter(Router):
             return logits
         return F.linear(x, weight)
 
+    def score_and_pass(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(T, D) -> (T, E) and (T, D)."""
+        weight = self.weight.to(x.dtype)
+        own = getattr(self.score, "__func__", None) is not LinearRouter.score  # of a class or an object of one's own
+        if own or not _eager_on_cpu(x) or not kernels.can_walk(x):
+            return super().score_and_pass(x)
+        logits, passed = _LogitsAndTokens.apply(x, weight)
+        return logits, passed
+
 
 class _Logits(torch.autograd.Function):
     """x Wᵀ. For so few columns the CPU's product takes half the time if W lies transposed."""
@@ -158,6 +177,32 @@ class _Logits(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad
         return grad @ weight if needs_x else None, grad.t() @ x if needs_weight else None
+
+
+class _LogitsAndTokens(torch.autograd.Function):
+    """x Wᵀ, and x. Of the gradients of both that of x is made in one walk; autograd would write that of the product,
+    and walk over both to add them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.set_materialize_grads(False)
+        return x @ weight.t().contiguous(), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, passed: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad
+        if grad is None:
+            return passed, None
+        grad_weight = grad.t() @ x if needs_weight else None
+        if not needs_x:
+            return None, grad_weight
+        if passed is None:
+            return grad @ weight, grad_weight
+        if torch.is_grad_enabled() or not kernels.can_walk(grad, passed, weight.detach()):  # which has no derivative
+            return passed + grad @ weight, grad_weight
+        return kernels.add_product(passed, grad, weight), grad_weight
 
 
 @register_router("cosine")

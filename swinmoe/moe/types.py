@@ -30,6 +30,13 @@ class Routing:
     """(T, E) softmax or sigmoid of the noisy logits, the source of `gates`."""
     noise_std: float
     """Standard deviation of the noise added (0.0 in evaluation)."""
+    passed: Tensor | None = None
+    """(T, D), the tokens once more: to the gradient of who carries these the router adds its own in one walk. None:
+    there is nothing to gain by it."""
+
+    def to_carry(self, tokens: Tensor) -> Tensor:
+        """`tokens`, which were routed, as they had best be carried: the same numbers, with the same gradient."""
+        return tokens if self.passed is None else self.passed
 
 
 class Queues(NamedTuple):

@@ -8,12 +8,21 @@ gradients belong; those of `dispatch` functions of `moe`'s own operators.
 
 from swinmoe.native.attention import window_attention
 from swinmoe.native.build import compiler, kernels, no_compiler, why_no_kernels
-from swinmoe.native.dispatch import can_walk, give_rows, line_up, sum_choices, sum_choices_backward, take_rows
+from swinmoe.native.dispatch import (
+    add_product,
+    can_walk,
+    give_rows,
+    line_up,
+    sum_choices,
+    sum_choices_backward,
+    take_rows,
+)
 from swinmoe.native.experts import expert_mlp_backward, expert_mlp_forward
 from swinmoe.native.gelu import biased_gelu
 from swinmoe.native.huge_pages import use_huge_pages
 
 __all__ = [
+    "add_product",
     "biased_gelu",
     "can_walk",
     "compiler",

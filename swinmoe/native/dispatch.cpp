@@ -9,6 +9,7 @@
 
 namespace {
 
+constexpr int kTogether = 4;  // vectors
 constexpr int kAhead = 2;  // rows that are asked for before their turn: they lie anywhere
 
 inline void ask(const float* row, int64_t dim) {
@@ -177,6 +178,40 @@ int swinmoe_sum_choices_backward(int64_t tokens, int64_t choices, int64_t rows, 
     finish_streams();
   }
   return status;
+}
+
+// out (T, D) = x (T, D) + factors (T, E) weight (E, D).
+int swinmoe_add_product(int64_t tokens, int64_t few, int64_t dim, int64_t threads, const float* x, const float* factors,
+                        const float* weight, float* out) {
+  const bool streamed = streams(out, tokens, dim);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for
+    for (int64_t t = 0; t < tokens; t++) {
+      const float *own = x + t * dim, *by = factors + t * few;
+      float* to = out + t * dim;
+      int64_t j = 0;
+      for (; j + kTogether * LANES <= dim; j += kTogether * LANES) {
+        Vec sums[kTogether];
+#pragma GCC unroll 8
+        for (int v = 0; v < kTogether; v++) sums[v] = load(own + j + v * LANES);
+        for (int64_t e = 0; e < few; e++) {
+          const Vec factor = fill(by[e]);
+#pragma GCC unroll 8
+          for (int v = 0; v < kTogether; v++) sums[v] += factor * load(weight + e * dim + j + v * LANES);
+        }
+        for (int v = 0; v < kTogether; v++)
+          streamed ? stream(to + j + v * LANES, sums[v]) : store(to + j + v * LANES, sums[v]);
+      }
+      for (; j < dim; j++) {
+        float total = own[j];
+        for (int64_t e = 0; e < few; e++) total += by[e] * weight[e * dim + j];
+        to[j] = total;
+      }
+    }
+    finish_streams();
+  }
+  return 0;
 }
 
 }  // extern "C"

@@ -3,20 +3,22 @@
 Shapes: T tokens, K choices each, E experts, M rows, D width; features are float32, indices int64. No autograd.
 
 Torch's operators make many small passes of the indices, and of the features two or three large ones, which together
-take as long as a thirtieth of the experts' own work on a CPU. These are no operators of torch: graphs have torch's own.
+take as long as a thirtieth of the experts' own work on a CPU. All but one are no operators of torch: graphs have
+torch's own.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from swinmoe.native.build import kernels, why_no_kernels
-from swinmoe.native.operators import address, expect, expect_numbers, finish
+from swinmoe.native.operators import address, define, expect, expect_numbers, finish
 
 _OUTSIDE = 2
 """What the kernels say of an index that is none."""
@@ -170,6 +172,47 @@ def sum_choices_backward(
         f"a choice's row is not in [0, {num_rows})",
     )
     return grad_rows, grad_weights
+
+
+def add_product(x: Tensor, factors: Tensor, weight: Tensor) -> Tensor:
+    """(T, D) + (T, E) (E, D): a gate's gradient of tokens, joined with the others'.
+
+    Args:
+        x: (T, D).
+        factors: (T, E), few.
+        weight: (E, D).
+
+    Raises:
+        ValueError: other numbers or shapes than these.
+    """
+    joined: Tensor = torch.ops.swinmoe.add_product(x, factors, weight)
+    return joined
+
+
+def _add_product(x: Tensor, factors: Tensor, weight: Tensor) -> Tensor:
+    (tokens, dim), (_, few) = _two_axes(x=x), _two_axes(factors=factors)
+    expect_numbers(x=x, factors=factors, weight=weight)
+    fits = factors.shape == (tokens, few) and weight.shape == (few, dim)
+    expect(fits, f"factors {tuple(factors.shape)} and weight {tuple(weight.shape)} make no {tuple(x.shape)}")
+    x, factors, weight = x.contiguous(), factors.contiguous(), weight.contiguous()
+    out = torch.empty_like(x)
+    _call(kernels().swinmoe_add_product, (tokens, few, dim, torch.get_num_threads()), (x, factors, weight, out), "")
+    return out
+
+
+# An operator of torch, so that its FLOPs are counted where those of a product of torch's would have been.
+define(
+    "add_product",
+    "(Tensor x, Tensor factors, Tensor weight) -> Tensor",
+    _add_product,
+    lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+
+
+@register_flop_formula(torch.ops.swinmoe.add_product)
+def _flops(x: Any, factors: Sequence[int], weight: Sequence[int], *_: Any, out_val: Any = None, **__: Any) -> int:
+    """Of the product."""
+    return 2 * factors[0] * factors[1] * weight[1]
 
 
 def _call(kernel: Callable[..., int], sizes: tuple[int, ...], tensors: tuple[Tensor | None, ...], outside: str) -> None:

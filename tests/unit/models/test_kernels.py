@@ -86,6 +86,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     watch(expert_mlp, "kernel_mlp")
     watch(native, "line_up")
     watch(native, "sum_choices")
+    watch(native, "add_product")
     return called
 
 
@@ -145,7 +146,7 @@ def test_leaving_them_leaves_them_all(calls: list[str]) -> None:
     model = model_of("v2", moe=MoEConfig(num_experts=4), moe_blocks=((1,), (1,)))
     use_native_kernels(model)
     outcome(model)
-    assert {"window_attention", "biased_gelu", "kernel_mlp", "line_up", "sum_choices"} == set(calls)
+    assert {"window_attention", "biased_gelu", "kernel_mlp", "line_up", "sum_choices", "add_product"} == set(calls)
     calls.clear()
     leave_native_kernels(model)
     outcome(model)

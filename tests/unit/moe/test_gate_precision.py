@@ -79,6 +79,69 @@ def test_the_gates_derivatives_are_right() -> None:
     x, weight = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (5, 3))
     assert torch.autograd.gradcheck(routers._Logits.apply, (x, weight))
     assert torch.autograd.gradgradcheck(routers._Logits.apply, (x, weight))
+    assert torch.autograd.gradcheck(routers._LogitsAndTokens.apply, (x, weight))
+    assert torch.autograd.gradgradcheck(routers._LogitsAndTokens.apply, (x, weight))
+
+
+@pytest.mark.usefixtures("native_kernels")
+@pytest.mark.parametrize("frozen", ["", "tokens", "gate"])
+@pytest.mark.parametrize("used", ["both", "logits", "tokens"])
+def test_tokens_passed_on_by_the_router_have_both_gradients(used: str, frozen: str) -> None:
+    """Whichever of the two outputs has a gradient, and whoever needs one; against float64."""
+    x, weight = (
+        torch.randn(70, 37, requires_grad=frozen != "tokens"),
+        torch.randn(5, 37, requires_grad=frozen != "gate"),
+    )
+    slopes = {"logits": torch.randn(70, 5), "tokens": torch.randn(70, 37)}
+    found = []
+    for convert in (Tensor.float, Tensor.double):
+        wide, gate = (convert(t.detach()).requires_grad_(t.requires_grad) for t in (x, weight))
+        outputs = dict(zip(slopes, routers._LogitsAndTokens.apply(wide, gate), strict=True))
+        if convert == Tensor.double:
+            outputs = {"logits": wide @ gate.t(), "tokens": wide}
+        names = [n for n in slopes if used in (n, "both") and outputs[n].requires_grad]
+        if names:
+            torch.autograd.backward([outputs[n] for n in names], [convert(slopes[n]) for n in names])
+        found.append((wide.grad, gate.grad))
+    for mine, other in zip(*found, strict=True):
+        # What depends on nothing that needs a gradient has one here all the same: of zeros, or none.
+        assert other is not None or mine is None or not mine.any()
+        if other is not None:
+            torch.testing.assert_close(mine, other, check_dtype=False, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("native_kernels")
+def test_a_layer_carries_what_its_router_passes_on() -> None:
+    """And its gradients are those of a layer that may not take our kernels; k 2, shared expert, so that tokens are used
+    three times."""
+    cfg = MoEConfig(num_experts=4, top_k=2, shared_expert_ratio=0.5)
+    tokens, slope = torch.randn(50, 16), torch.randn(50, 16)
+    found = []
+    for native in (True, False):
+        layer = MoEMlp(cfg, dim=16, hidden_dim=32)
+        layer.native = layer.router.native = layer.experts.native = layer.shared.native = native
+        x = tokens.clone().requires_grad_()
+        assert (layer.assign(x, None)[0].passed is not None) == native
+        y, stats = layer(x)
+        torch.autograd.backward([y, stats.loss], [slope, None])
+        found.append((y, x.grad, layer.router.weight.grad))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("native_kernels")
+def test_a_routers_own_score_is_taken() -> None:
+    class Doubled(routers.LinearRouter):
+        def score(self, x: Tensor) -> Tensor:
+            return 2 * super().score(x)
+
+    layer = MoEMlp(MoEConfig(num_experts=4), dim=16, hidden_dim=32)
+    tokens = torch.randn(9, 16)
+    plain = layer.router(tokens)
+    layer.router.__class__ = Doubled
+    routing = layer.router(tokens)
+    torch.testing.assert_close(routing.logits, 2 * plain.logits)
+    assert routing.passed is None and plain.passed is not None
 
 
 def rounded(x: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def spied(layer: MoEMlp) -> list[tuple[str, str]]:
     """Put a spy into each part of `layer`; what they see: (where they are, where the listener was told to be)."""
     seen: list[tuple[str, str]] = []
     scatter, gather = layer.dispatcher.scatter, layer.dispatcher.gather
-    function, score = layer.experts.function, layer.router.score
+    function, score = layer.experts.function, layer.router.score_and_pass
 
     def spy_on(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         return lambda first, *rest: call(_Spy.apply(first, seen, name), *rest)
@@ -74,7 +74,7 @@ def spied(layer: MoEMlp) -> list[tuple[str, str]]:
 
     layer.dispatcher.scatter = spy_on("scatter", scatter)  # type: ignore[method-assign]
     layer.dispatcher.gather = spy_on("gather", gather)  # type: ignore[method-assign]
-    layer.router.score = spy_on("route", score)  # type: ignore[method-assign]
+    layer.router.score_and_pass = spy_on("route", score)  # type: ignore[method-assign]
     layer.experts.function = spy_on_function  # type: ignore[method-assign]
     return seen
 

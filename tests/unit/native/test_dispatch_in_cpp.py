@@ -110,6 +110,20 @@ def test_large_maps_go_past_the_caches(width: int) -> None:
     torch.testing.assert_close(grad_weights, (x * grad).sum(1, keepdim=True), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("few", "width"), [(1, 1), (5, 37), (8, 256), (0, 16)])
+def test_a_product_joins_what_is_there(few: int, width: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    for tokens in (0, 7, 2200):  # the last is streamed at width 256
+        x, factors, weight = torch.randn(tokens, width), torch.randn(tokens, few), torch.randn(few, width)
+        want = x.double() + factors.double() @ weight.double()
+        torch.testing.assert_close(native.add_product(x, factors, weight).double(), want, rtol=1e-5, atol=1e-5)
+    apart = weight.t().contiguous().t()
+    assert torch.equal(native.add_product(x, factors, apart), native.add_product(x, factors, weight))
+    with pytest.raises(ValueError, match="make no"):
+        native.add_product(x, factors, weight[:, :-1])
+
+
 def test_all_kept_may_be_said_by_nothing() -> None:
     row, position, kept = layout(2, TOKENS, False)
     assert kept.all()
