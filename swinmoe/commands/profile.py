@@ -19,11 +19,10 @@ from swinmoe.config.io import build, dump, load, merge, parse_overrides, read_ya
 from swinmoe.config.profile import LayerSweepConfig, ModelSweepConfig, listed
 from swinmoe.errors import ConfigError
 from swinmoe.profiling.breakdown import EXCHANGE
-from swinmoe.profiling.clock import interval_name
 from swinmoe.profiling.layer import profile_layer
 from swinmoe.profiling.model import profile_model
 from swinmoe.profiling.session import ProfileSession, profile_session
-from swinmoe.report import write_profile_report
+from swinmoe.report import experts_said, interval_name, write_profile_report
 from swinmoe.runtime import launched_rank
 
 Line = dict[str, Any]
@@ -261,7 +260,7 @@ def show(lines: list[Line], console: Console) -> None:
         cells += [f"{line['utilisation']['model']:.0%}", f"{line['memory']['peak'] / 1e6:.1f}"]
         table.add_row(line["name"], *cells, *([f"{ms['images_per_second']:.1f}"] if rates else []))
     console.print(table)
-    for said in kernels_said(lines):
+    for said in experts_said(lines):
         console.print(said, markup=False, soft_wrap=True)
     watched = [line for line in lines if line.get("phases")]
     if not watched:
@@ -284,22 +283,6 @@ def show(lines: list[Line], console: Console) -> None:
                 markup=False,
                 soft_wrap=True,
             )
-
-
-def kernels_said(lines: Iterable[Line]) -> list[str]:
-    """Who computes the experts of which step, where they are on a CPU."""
-    steps: dict[str, list[str]] = {}
-    for line in lines:
-        taken = line.get("experts_in_kernel")
-        if taken is not None:
-            how = (
-                "our kernel in C++"
-                if taken
-                else f"torch's operators, not our kernel ({line['experts_in_kernel_reason']})"
-            )
-            steps.setdefault(how, []).append(line["name"])
-    alike = len(steps) == 1
-    return [f"experts by {how}" + ("" if alike else f": {'; '.join(names)}") for how, names in steps.items()]
 
 
 def _table(first: str, heads: list[str]) -> Table:

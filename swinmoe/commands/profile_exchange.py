@@ -22,9 +22,9 @@ from swinmoe.commands.profile import (
 )
 from swinmoe.config.io import build, read_yaml
 from swinmoe.config.profile_exchange import ExchangeSweepConfig, listed_exchange
-from swinmoe.profiling.clock import interval_name
 from swinmoe.profiling.exchange import bytes_said, profile_exchange
 from swinmoe.profiling.session import profile_session
+from swinmoe.report import interval_name
 
 _WIDTH = 140
 """Columns where the output is no terminal."""

@@ -15,7 +15,6 @@ from swinmoe.commands.evaluate import parse_factors
 from swinmoe.commands.telling import SECONDS_BETWEEN_LINES
 from swinmoe.data import DataBundle, build_data
 from swinmoe.errors import ConfigError
-from swinmoe.profiling.clock import interval_name
 from swinmoe.profiling.session import ProfileSession, profile_session
 from swinmoe.profiling.tune.batches import batches_for
 from swinmoe.profiling.tune.capacity import FACTORS, Tell, Tuning, label, tune_capacity
@@ -24,6 +23,7 @@ from swinmoe.profiling.tune.loads import drop_fraction
 from swinmoe.profiling.tune.passes import Factor, Mode, at_factor
 from swinmoe.profiling.tune.written import as_yaml, layer_policies, tuned_config, write_records
 from swinmoe.records import read_records
+from swinmoe.report import interval_name
 from swinmoe.report.tune_figure import capacity_curves
 from swinmoe.runtime import agree, from_first, launched_world
 from swinmoe.train.opened import Opened, open_model

@@ -16,12 +16,12 @@ from swinmoe.config import RunConfig
 from swinmoe.config.io import load, merge, parse_overrides, read_yaml
 from swinmoe.errors import ConfigError
 from swinmoe.moe.dispatchers.tutel import tutel_serves
-from swinmoe.profiling.clock import interval_name
 from swinmoe.profiling.session import ProfileSession, profile_session
 from swinmoe.profiling.tune.exchange import step_times
 from swinmoe.profiling.tune.remembered import RememberedWays, default_file, shape_of
 from swinmoe.profiling.tune.ways import Trial, Way, possible, ratio, search
 from swinmoe.profiling.tune.written import as_yaml
+from swinmoe.report import interval_name
 from swinmoe.runtime import agree, describe_environment, from_first, launched_local_world, launched_world
 from swinmoe.verify.launch import run_on
 

@@ -19,8 +19,6 @@ from swinmoe.comm import all_reduce_max
 from swinmoe.comm.all_to_all import Group
 
 Step = Callable[[], Any]
-ENOUGH_ROUNDS = 6
-"""For an interval that holds the median with 95 %."""
 WARM_UP = 2
 """Calls of each step that are not counted: first touches, caches, compilation."""
 
@@ -54,11 +52,6 @@ class Timing:
     def as_json(self) -> dict[str, float]:
         """median, low, high (ms) and rounds."""
         return {"median": self.median, "low": self.low, "high": self.high, "rounds": len(self.ms)}
-
-
-def interval_name(rounds: int) -> str:
-    """What `Timing.low` and `Timing.high` are after so many rounds: too few have no interval of 95 %."""
-    return "95 %" if rounds >= ENOUGH_ROUNDS else "range"
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Means over seeds with Student's t intervals."""
+"""Means over seeds with Student's t intervals; and what medians over rounds have beside them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpy as np
 from scipy import special
 
 CONFIDENCE = 0.95
+ENOUGH_ROUNDS = 6
+"""For an interval of order statistics that holds the median with 95 %."""
 
 Verdict = Literal["better", "worse", "noise", "single"]
 """Of a difference: its interval lies on the good side of zero, on the bad side or around it; one seed has none."""
@@ -55,3 +57,8 @@ def estimate(values: Sequence[float]) -> Estimate | None:
     mean = float(np.mean(values))
     half = t_factor(len(values)) * float(np.std(values, ddof=1)) if len(values) > 1 else None
     return Estimate(tuple(float(v) for v in values), mean, half)
+
+
+def interval_name(rounds: int) -> str:
+    """What a median's `low` and `high` are after so many rounds: too few have no interval of 95 %."""
+    return "95 %" if rounds >= ENOUGH_ROUNDS else "range"

@@ -5,13 +5,14 @@ Definitions stand beside the properties; each is None where the records do not h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from swinmoe.records import read_records
+from swinmoe.report.interval import interval_name
 
 Line = dict[str, Any]
 WHATS = ("layer", "model", "exchange")
@@ -54,6 +55,12 @@ class Measured:
     def high(self) -> float:
         """Its upper end."""
         return float(self.line["ms"].get("high", self.ms))
+
+    @property
+    def interval(self) -> str:
+        """What `low` and `high` are, and of how many rounds."""
+        rounds = self.line["ms"].get("rounds")
+        return f"{interval_name(rounds)}, {rounds} rounds" if rounds else "? rounds"
 
     @property
     def is_dense(self) -> bool:
@@ -226,6 +233,22 @@ def has_profile(records: Sequence[Line]) -> bool:
 def has_measurements(records: Sequence[Line]) -> bool:
     """Whether anything was measured: a profile that was interrupted early has a beginning alone."""
     return any(line["kind"] == "measurement" for line in records)
+
+
+def experts_said(lines: Iterable[Line]) -> list[str]:
+    """Who computes the experts of which step, where they are on a CPU."""
+    steps: dict[str, list[str]] = {}
+    for line in lines:
+        taken = line.get("experts_in_kernel")
+        if taken is not None:
+            how = (
+                "our kernel in C++"
+                if taken
+                else f"torch's operators, not our kernel ({line['experts_in_kernel_reason']})"
+            )
+            steps.setdefault(how, []).append(line["name"])
+    alike = len(steps) == 1
+    return [f"experts by {how}" + ("" if alike else f": {'; '.join(names)}") for how, names in steps.items()]
 
 
 def read_profiles(paths: Sequence[Path]) -> Profiles:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from swinmoe.report import profile_plots as plots
 from swinmoe.report.page import Picture, add_picture, drawn, flat, templates, write_whole
-from swinmoe.report.profile_data import Measured, Profiles, read_profiles
+from swinmoe.report.profile_data import Measured, Profiles, experts_said, read_profiles
 from swinmoe.report.profile_headline import cards, findings
 from swinmoe.report.theme import DARK, LIGHT, Theme
 from swinmoe.report.wording import scaled
@@ -115,6 +115,8 @@ def _facts(found: Profiles) -> list[tuple[str, str]]:
         values = dict.fromkeys(str(p.environment[key]) for p in found.profiles if p.environment.get(key) is not None)
         if values:
             facts.append((said, ", ".join(values)))
+    for said in experts_said(m.line for m in found.of("layer", "model")):
+        facts.append(("experts", said.removeprefix("experts ")))
     begun = [str(p.line["time"]) for p in found.profiles if p.line.get("time")]
     return facts + ([("begun", min(begun))] if begun else [])
 

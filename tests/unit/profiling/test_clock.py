@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 
 from swinmoe.profiling import Timing, median_interval, take_turns
-from swinmoe.profiling.clock import interval_name
+from swinmoe.report import interval_name
 
 
 def coverage(n: int, k: int) -> float:

@@ -257,6 +257,30 @@ def test_definitions(tmp_path: Path) -> None:
     assert (base.drop_loss, base.padding_waste, base.imbalance_tax, base.exposed) == (None, None, None, None)
 
 
+@pytest.mark.parametrize(("rounds", "said"), [(15, "95 %, 15 rounds"), (6, "95 %, 6 rounds"), (5, "range, 5 rounds")])
+def test_few_rounds_have_a_range_and_no_interval(rounds: int, said: str, tmp_path: Path, undrawn: None) -> None:
+    layer, sent = dense(), exchange(4096, "forward")
+    for line in (layer, sent):
+        line["ms"]["rounds"] = rounds
+    for what, line in (("layer", layer), ("exchange", sent)):
+        text = Page(write_profile_report([write(tmp_path / what, what, [line])], tmp_path).html.read_text()).text
+        assert text.count(said) == 1 and "95 % interval" not in text.replace("with a 95 % interval", "")
+
+
+def test_a_page_says_who_computed_the_experts(tmp_path: Path, undrawn: None) -> None:
+    taken = {"experts_in_kernel": True, "experts_in_kernel_reason": None}
+    left = {"experts_in_kernel": False, "experts_in_kernel_reason": "<none>"}
+    text = Page(
+        write_profile_report(
+            [write(tmp_path / "a", "layer", [dense(), sparse("a") | taken])], tmp_path
+        ).html.read_text()
+    ).text
+    assert "by our kernel in C++" in text and "torch's operators" not in text
+    lines = [dense(), sparse("a") | taken, sparse("b") | left]
+    text = Page(write_profile_report([write(tmp_path / "b", "layer", lines)], tmp_path).html.read_text()).text
+    assert "by our kernel in C++: a" in text and "by torch's operators, not our kernel (<none>): b" in text
+
+
 @pytest.mark.parametrize(("ms", "apart"), [(11.5, False), (12.05, True), (9.0, False), (7.9, True)])
 def test_overlapping_intervals_are_noise(ms: float, apart: bool, tmp_path: Path, undrawn: None) -> None:
     """The baseline's is [9, 11], this one's ms ± 1."""
