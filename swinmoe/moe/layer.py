@@ -107,7 +107,10 @@ class MoEMlp(nn.Module):
         Who recomputes activations recomputes `carry` alone, so that decisions and metadata are not made twice.
         """
         outside = phases.current()
-        routing: Routing = self.router(phases.border(tokens, outside, "route"), noise)
+        given = phases.border(tokens, outside, "route")
+        routing: Routing = self.router(given, noise)
+        if routing.passed is not None and routing.passed_from is not given:
+            routing = replace(routing, passed=None)
         policy = self.cfg.capacity.train if self.training else self.cfg.capacity.eval
         num_tokens = tokens.shape[0]  # not len(), which makes a number of a symbolic size
         limit = capacity(policy, num_tokens, self.num_experts, self.top_k)

@@ -113,7 +113,7 @@ class Router(nn.Module):
             ):  # one gate over itself would be 1, and teach the router nothing
                 gates = gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).eps)
         std = 0.0 if noise is None else self.cfg.noise / self.num_experts
-        return Routing(expert_ids, gates, logits, noisy, probs, std, passed)
+        return Routing(expert_ids, gates, logits, noisy, probs, std, passed, None if passed is None else x)
 
     @torch.no_grad()
     def update_bias(self, routed: Tensor) -> None:
@@ -157,11 +157,15 @@ class LinearRouter(Router):
     def score_and_pass(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(T, D) -> (T, E) and (T, D)."""
         weight = self.weight.to(x.dtype)
-        own = getattr(self.score, "__func__", None) is not LinearRouter.score  # of a class or an object of one's own
-        if own or not _eager_on_cpu(x) or not kernels.can_walk(x):
+        own = getattr(self.score, "__func__", None) is not _SCORE  # of a class or an object of one's own
+        wanted = x.requires_grad and torch.is_grad_enabled()  # or `passed` alone would ask for gradients
+        if own or not wanted or not _eager_on_cpu(x) or not kernels.can_walk(x):
             return super().score_and_pass(x)
         logits, passed = _LogitsAndTokens.apply(x, weight)
         return logits, passed
+
+
+_SCORE = LinearRouter.score
 
 
 class _Logits(torch.autograd.Function):
@@ -200,7 +204,8 @@ class _LogitsAndTokens(torch.autograd.Function):
             return None, grad_weight
         if passed is None:
             return grad @ weight, grad_weight
-        if torch.is_grad_enabled() or not kernels.can_walk(grad, passed, weight.detach()):  # which has no derivative
+        # Our kernel has no derivative of its own.
+        if torch.is_grad_enabled() or not kernels.can_walk(grad, passed, weight.detach()):
             return passed + grad @ weight, grad_weight
         return kernels.add_product(passed, grad, weight), grad_weight
 

@@ -33,6 +33,8 @@ class Routing:
     passed: Tensor | None = None
     """(T, D), the tokens once more: to the gradient of who carries these the router adds its own in one walk. None:
     there is nothing to gain by it."""
+    passed_from: Tensor | None = None
+    """The very tokens that `passed` stands for. A router of one's own may have scored others than the layer's."""
 
     def to_carry(self, tokens: Tensor) -> Tensor:
         """`tokens`, which were routed, as they had best be carried: the same numbers, with the same gradient."""

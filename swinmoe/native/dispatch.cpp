@@ -203,6 +203,11 @@ int swinmoe_add_product(int64_t tokens, int64_t few, int64_t dim, int64_t thread
         for (int v = 0; v < kTogether; v++)
           streamed ? stream(to + j + v * LANES, sums[v]) : store(to + j + v * LANES, sums[v]);
       }
+      for (; j + LANES <= dim; j += LANES) {
+        Vec sums = load(own + j);
+        for (int64_t e = 0; e < few; e++) sums += fill(by[e]) * load(weight + e * dim + j);
+        streamed ? stream(to + j, sums) : store(to + j, sums);
+      }
       for (; j < dim; j++) {
         float total = own[j];
         for (int64_t e = 0; e < few; e++) total += by[e] * weight[e * dim + j];

@@ -243,7 +243,8 @@ void pack(const float* from, int64_t ld, int64_t n, int64_t depth, float* panel)
         store(panel + p * kAcross + v * LANES, load_up_to(from + p * ld + v * LANES, n - v * LANES));
 }
 
-// n <= kDown rows of `depth` numbers, `ld` apart -> a strip (depth, kDown), and nothing behind it; and their sum (depth).
+// n <= kDown rows of `depth` numbers, `ld` apart -> a strip (depth, kDown), or so many columns of one, and nothing behind
+// them; and the rows' sum (depth). What stands in places of rows that are not there is never read.
 void pack_strip(const float* from, int64_t ld, int64_t n, int64_t depth, float* strip, float* sums = nullptr) {
   int64_t p = 0;
   if constexpr (kDown <= LANES)
@@ -348,7 +349,7 @@ struct Mlp {
   std::vector<Wave> waves{};
   int64_t most = 0, most_strips = 0, num_rows = 0;  // of a wave, and rows in all
 
-  // Numbers between strips: what the last vector writes too much, and no two in the same sets of a cache.
+  // Numbers between strips, so that no two begin in the same sets of a cache.
   static int64_t apart(int64_t depth) { return up(depth * kDown) + LANES; }
   bool streams_pre(const float* const* pre) const {
     bool all = true;

@@ -153,6 +153,14 @@ def test_leaving_them_leaves_them_all(calls: list[str]) -> None:
     assert calls == []
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_blocks_carry_what_their_router_passes_on(recomputed: bool, calls: list[str]) -> None:
+    moe = MoEConfig(num_experts=4)
+    model = model_of("v2", moe=moe, moe_blocks=((1,), (1,)), grad_checkpointing=recomputed)
+    outcome(model)
+    assert calls.count("add_product") == 2
+
+
 def test_compiling_leaves_experts_as_they_are() -> None:
     model = model_of("v2", moe=MoEConfig(num_experts=4), moe_blocks=((1,), (1,)))
     leave_native_kernels(model)

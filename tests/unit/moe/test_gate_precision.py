@@ -129,6 +129,47 @@ def test_a_layer_carries_what_its_router_passes_on() -> None:
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
+class Detached(routers.LinearRouter):
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Routing:
+        return super().forward(x.detach(), noise)
+
+
+class Scaled(routers.LinearRouter):
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Routing:
+        return super().forward(1.5 * x, noise)
+
+
+@pytest.mark.usefixtures("native_kernels")
+@pytest.mark.parametrize("kind", [Detached, Scaled, "hook"])
+def test_experts_carry_the_layers_tokens_whatever_its_router_scores(kind: Any) -> None:
+    tokens, slope = torch.randn(50, 16), torch.randn(50, 16)
+    found = []
+    for native in (True, False):
+        layer = MoEMlp(MoEConfig(num_experts=4), dim=16, hidden_dim=32)
+        layer.router.native = native
+        if kind == "hook":
+            layer.router.register_forward_pre_hook(lambda _, given: (1.5 * given[0], *given[1:]))
+        else:
+            layer.router.__class__ = kind
+        x = tokens.clone().requires_grad_()
+        assert layer.assign(x, None)[0].passed is None
+        y, stats = layer(x)
+        torch.autograd.backward([y, stats.loss], [slope, None])
+        found.append((y, x.grad, layer.router.weight.grad))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("native_kernels")
+def test_tokens_without_a_gradient_get_none() -> None:
+    """What needs none is passed on by nobody: experts would compute a gradient of rows that nobody wants."""
+    layer, tokens = MoEMlp(MoEConfig(num_experts=4), dim=16, hidden_dim=32), torch.randn(9, 16)
+    assert layer.router(tokens).passed is None
+    with torch.no_grad():
+        assert layer.router(tokens.requires_grad_()).passed is None
+    assert layer.router(tokens).passed is not None
+
+
 @pytest.mark.usefixtures("native_kernels")
 def test_a_routers_own_score_is_taken() -> None:
     class Doubled(routers.LinearRouter):
@@ -136,7 +177,7 @@ def test_a_routers_own_score_is_taken() -> None:
             return 2 * super().score(x)
 
     layer = MoEMlp(MoEConfig(num_experts=4), dim=16, hidden_dim=32)
-    tokens = torch.randn(9, 16)
+    tokens = torch.randn(9, 16, requires_grad=True)
     plain = layer.router(tokens)
     layer.router.__class__ = Doubled
     routing = layer.router(tokens)
