@@ -60,7 +60,7 @@ class _Spy(torch.autograd.Function):
         return grad, None, None
 
 
-def spied(layer: MoEMlp) -> list[tuple[str, str]]:
+def spied(layer: Any) -> list[tuple[str, str]]:
     """Put a spy into each part of `layer`; what they see: (where they are, where the listener was told to be)."""
     seen: list[tuple[str, str]] = []
     scatter, gather = layer.dispatcher.scatter, layer.dispatcher.gather
@@ -72,10 +72,10 @@ def spied(layer: MoEMlp) -> list[tuple[str, str]]:
     def spy_on_function(training: bool) -> Callable[..., Tensor]:
         return spy_on("experts", function(training))
 
-    layer.dispatcher.scatter = spy_on("scatter", scatter)  # type: ignore[method-assign]
-    layer.dispatcher.gather = spy_on("gather", gather)  # type: ignore[method-assign]
-    layer.router.score_and_pass = spy_on("route", score)  # type: ignore[method-assign]
-    layer.experts.function = spy_on_function  # type: ignore[method-assign]
+    layer.dispatcher.scatter = spy_on("scatter", scatter)
+    layer.dispatcher.gather = spy_on("gather", gather)
+    layer.router.score_and_pass = spy_on("route", score)
+    layer.experts.function = spy_on_function
     return seen
 
 
