@@ -42,7 +42,7 @@ def step(layer: MoEMlp, x: Tensor) -> tuple[Tensor, ...]:
     y, stats = layer(x)
     phases.turn(BACKWARD)
     torch.autograd.backward([y.square().sum(), stats.loss])
-    return (y, stats.loss, x.grad, *(p.grad for p in layer.parameters()))  # type: ignore[return-value]
+    return (y, stats.loss, x.grad, *(p.grad for p in layer.parameters()))
 
 
 class _Spy(torch.autograd.Function):
